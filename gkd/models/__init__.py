@@ -1,0 +1,1 @@
+"""Networks, and what distillation attaches to them: taps, adapters and the teacher."""

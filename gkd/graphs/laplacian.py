@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from gkd.graphs.dense import as_float, check_adjacency, to_dense
+
+Normalization = Literal["sym", "rw"] | None
+
+
+def laplacian(graph: Data | Tensor, normalization: Normalization = "sym", mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Builds the Laplacian of every graph.
+
+    .. math::
+        L = D - A, \qquad L_{sym} = D^{-1/2} L D^{-1/2}, \qquad L_{rw} = D^{-1} L, \qquad d_i = \sum_j a_{ij}
+
+    with :math:`D^{-1/2} = D^{-1} = 0` where the degree is 0: the row of an isolated node is zero, so that every component, an isolated
+    node too, adds one zero eigenvalue. A directed graph stands for the undirected :math:`(A + A^\top) / 2`; symmetric weights are left
+    as they are, bit for bit. The two normalised Laplacians do not change when all the weights of a graph are scaled.
+
+    Args:
+        graph: A graph, a batch of graphs, or padded adjacencies. Weights are not negative: a node whose weights
+            sum to less than zero counts as isolated.
+        normalization: 'sym', 'rw', or None for :math:`D - A`.
+        mask: True where a node exists, for padded adjacencies. Whatever else they hold has no influence.
+
+    Shapes:
+        - **graph** as adjacencies [B, N, N], **mask** [B, N]; **output** L [B, N, N] in float32 or float64, mask [B, N]
+
+    Gradient:
+        Finite everywhere; zero at the weights between isolated nodes, where the normalised Laplacians jump.
+
+    Raises:
+        ValueError: If the shapes disagree, the normalisation is unknown, or (checked on the CPU only) a weight is not finite.
+
+    Examples:
+        >>> path = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+        >>> L, mask = laplacian(path, normalization=None)
+        >>> L
+        tensor([[[ 1., -1.,  0.],
+                 [-1.,  2., -1.],
+                 [ 0., -1.,  1.]]])
+    """
+    if normalization not in ("sym", "rw", None):
+        raise ValueError(f"Expected 'normalization' to be 'sym', 'rw' or None (got {normalization!r})")
+    if isinstance(graph, Tensor):
+        mask = check_adjacency(graph, mask)
+        A = as_float(graph).masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
+    else:
+        if mask is not None:
+            raise ValueError("Expected 'mask' with dense adjacencies only (got one beside a graph, which has its own)")
+        A, mask = to_dense(graph)
+    check_finite(A, "edge weights")
+    A = (A + A.mT) / 2
+    degree = A.sum(-1)
+    if normalization is None:
+        return torch.diag_embed(degree) - A, mask
+    scale = inverse_sqrt(degree)
+    scale = scale.square()[:, :, None] if normalization == "rw" else scale[:, :, None] * scale[:, None, :]
+    return torch.diag_embed(connected(degree).to(A.dtype)) - A * scale, mask
+
+
+def connected(degree: Tensor) -> Tensor:
+    """True where a node is not isolated. So small a degree that the gradient of its inverse root overflows counts as 0."""
+    return degree > math.sqrt(torch.finfo(degree.dtype).tiny)
+
+
+def inverse_sqrt(degree: Tensor) -> Tensor:
+    """Computes degree ** -1/2 with 0, and a gradient of 0, for isolated nodes."""
+    keep = connected(degree)
+    # The inner `where` keeps the infinite slope out of the backward pass: 0 * inf would be NaN.
+    return torch.where(keep, torch.where(keep, degree, 1.0).rsqrt(), 0.0)
+
+
+def check_finite(value: Tensor, name: str) -> None:
+    """Raises a ValueError for NaN or infinity, on the CPU only: elsewhere asking would wait for the device."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or value.detach().sum().isfinite():
+        return
+    bad = int((~value.isfinite()).sum())  # a sum can overflow though all its terms are finite
+    if bad:
+        raise ValueError(f"Expected finite {name} (got {bad} NaN or infinite of {value.numel()} values)")

@@ -106,7 +106,7 @@ def test_wrong_folders_are_told(tmp_path):
     with pytest.raises(ValueError, match="contains train"):
         ImageFolder(tmp_path)
     (tmp_path / "test").mkdir()
-    with pytest.raises(ValueError, match="Expected a folder with images for each class in .*test"):
+    with pytest.raises(ValueError, match=r"Expected a folder with images for each class in .*test"):
         ImageFolder(tmp_path)
     write_images(tmp_path, "test/a", "test/c")
     with pytest.raises(ValueError, match=r"only one of train and test: \['b', 'c'\]"):

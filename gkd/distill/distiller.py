@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd.distill.balance import GradientBalance
+from gkd.distill.plan import Call, module_key, plan_calls, two_paths
+from gkd.distill.schedule import Schedule
+from gkd.distill.weights import LossName, resolve_weights
+from gkd.errors import UserError
+from gkd.models import ChannelAdapter, FeatureTaps, Teacher
+
+
+class Distiller(nn.Module):
+    """Turns a batch into the named, weighted losses that train a student under a teacher.
+
+    The student is an ordinary child module that never learns of the distillation: its inner maps are read by :class:`~gkd.models.FeatureTaps`.
+    The teacher is no child. It follows ``.to()``, but ``train()``, ``parameters()`` and ``state_dict()`` do not know it.
+    What a term returns is named ``term``, ``term/stage`` or ``term/stage/part``, and weighed by the most specific of the keys
+    ``term/stage/part``, ``term/part``, ``term/stage``, ``term``; without any of these by 1. What weighs 0 is not computed, and the teacher
+    does not run for it.
+
+    Every term says at which ``level`` it works: ``'logits'`` sees ``(student_logits, teacher_logits, target)``, ``'stage'`` the two
+    maps of one stage after the other, ``'stages'`` two dictionaries of maps. Further attributes of a term are honoured where it has them:
+
+    ==================== =====================================================================================================
+    ``matched_channels`` its student maps come from a :class:`~gkd.models.ChannelAdapter`, one for a stage, shared by the terms
+    ``parts``            names of the values in the dictionary that it returns; it is called with ``parts=`` those that weigh something
+    ``needs_index``      it is called with ``index=`` the positions of the images in the data set
+    ``build``            called once with the shapes of the student's and the teacher's maps, for terms that own layers;
+                         at level ``'stage'`` every stage gets a copy of the term
+    ==================== =====================================================================================================
+
+    Args:
+        student: The network to train.
+        teacher: The network to learn from, best a :class:`~gkd.models.Teacher`; any other module is made one. None for a plain training.
+        taps: For every stage the module paths in the student and the teacher; one path for both where they agree. Deep stages last.
+        terms: The losses by name. Names hold no ``/``.
+        weights: Numbers, :class:`~gkd.distill.Ramp` or functions of the epoch, by key. ``task`` is the task's own.
+        stages: Which stages a term looks at, where it is not all of them.
+        task: The loss ``(student_output, targets)`` of the task; a tensor, or a dictionary of named ones. By default the cross-entropy.
+        label_smoothing: Of the default task loss.
+        balance: ``'gradient'`` or a :class:`~gkd.distill.GradientBalance`: weights other than the task's are shares of the task's gradient.
+        input_size: [C, H, W] of an image, to probe the shapes of the maps where a layer must be built.
+
+    Raises:
+        UserError: If a name in ``weights``, ``stages`` or ``balance`` is unknown, or the arguments contradict each other.
+        ValueError: If a module path does not exist.
+
+    Examples:
+        >>> student = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        >>> distiller = Distiller(student, label_smoothing=0.1)
+        >>> list(distiller(torch.randn(2, 3, 2, 2), torch.tensor([0, 2])))
+        ['task']
+    """
+
+    teacher: nn.Module | None
+    student_logits: Tensor | None
+    teacher_logits: Tensor | None
+    _weights: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        taps: Mapping[str, Sequence[str] | str] | None = None,
+        terms: Mapping[str, nn.Module] | None = None,
+        weights: Mapping[str, float | Schedule | Callable[[float], float]] | None = None,
+        stages: Mapping[str, Sequence[str]] | None = None,
+        task: nn.Module | None = None,
+        label_smoothing: float = 0.0,
+        balance: GradientBalance | str | None = None,
+        input_size: Sequence[int] = (3, 32, 32),
+    ) -> None:
+        super().__init__()
+        terms = dict(terms or {})
+        if terms and teacher is None:
+            raise UserError(f"Expected a teacher for the terms {', '.join(terms)} (got none)")
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher(teacher)
+        self.student = student
+        self.__dict__["teacher"] = teacher  # past nn.Module.__setattr__, which would make it a child
+        self.student_logits = self.teacher_logits = None
+        self.task = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if task is None else task
+
+        paths = {stage: two_paths(stage, path) for stage, path in (taps or {}).items()}
+        calls = plan_calls(terms, list(paths), stages or {})
+        names = [LossName("task"), *(name for call in calls for name in call.names)]
+        self._schedules = resolve_weights(weights or {}, names)
+        self._calls = [call for call in calls if not all(self._schedules[name].always_zero for name in call.losses.values())]
+        self._paths = {stage: path for stage, path in paths.items() if any(stage in call.stages for call in self._calls)}
+        self.__dict__["_student_taps"] = FeatureTaps(student, _unique(path for path, _ in self._paths.values()))
+        self.__dict__["_teacher_taps"] = FeatureTaps(teacher, _unique(path for _, path in self._paths.values())) if teacher else None
+        self.adapters, self.terms = nn.ModuleDict(), nn.ModuleDict()
+        self._build(terms, tuple(input_size))
+
+        self.balance = _balance(balance)
+        if self.balance is not None:
+            self.balance.build([name for call in self._calls for name in call.losses.values()])
+        self.register_buffer("_weights", torch.zeros(len(self._schedules)), persistent=False)
+        self.progress(0.0)
+
+    def progress(self, epoch: float) -> None:
+        """Sets the weights to what they are at ``epoch``, which may lie between whole numbers.
+
+        There is nothing to checkpoint: the weights are a pure function of the epoch.
+        """
+        self.weights = {name: schedule(epoch) for name, schedule in self._schedules.items()}
+        self._active = frozenset(name for name, weight in self.weights.items() if weight != 0)
+        self._fill_weights()
+
+    def forward(self, images: Any, targets: Any, index: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns the active losses, weighted, by name; their sum is what to minimise.
+
+        Args:
+            images: What the student takes: [B, C, H, W], normalised for the student.
+            targets: What the task loss takes: [B] class indices.
+            index: Positions of the images in the data set, [B], for terms that need them.
+        """
+        if self.balance is not None and self.balance.tick(name for name in self.balance.names if name in self._active):
+            return self._measured_losses(images, targets, index)
+        return self._losses(images, targets, index)
+
+    @torch.compiler.disable
+    def _measured_losses(self, images: Any, targets: Any, index: Tensor | None) -> dict[str, Tensor]:
+        # Inside compiled code there is no gradient to look at. The import behind set_stance takes seconds: only where something may be compiled.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            return self._losses(images, targets, index, measure=True)
+
+    def _losses(self, images: Any, targets: Any, index: Tensor | None, measure: bool = False) -> dict[str, Tensor]:
+        calls = [call for call in self._calls if not self._active.isdisjoint(call.losses.values())]
+        tapped = any(call.stages for call in calls)
+        output, student = self._run_student(images, tapped)
+        losses: dict[str, Tensor] = {}
+        anchors: dict[str, list[Tensor]] = {}
+        if calls:
+            teacher_output, teacher = self._run_teacher(images, tapped)
+            adapted = {stage: self.adapters[module_key(stage)](student[stage]) for stage in student if self._adapts(calls, stage)}
+            for call in calls:
+                found = self._evaluate(call, (output, teacher_output, targets), adapted if call.adapted else student, teacher, index)
+                losses.update(found)
+                anchors.update(dict.fromkeys(found, [student[stage] for stage in call.stages] or [output]))
+        tasks = self._task_losses(output, targets, losses)
+        if measure and losses and self.balance is not None:
+            self.balance.measure(torch.stack(list(tasks.values())).sum(), losses, anchors)
+        return self._weigh(tasks, losses)
+
+    def _run_student(self, images: Any, tapped: bool) -> tuple[Any, dict[str, Tensor]]:
+        features = {}
+        if tapped:
+            output, found = self._student_taps(images)
+            features = {stage: found[path] for stage, (path, _) in self._paths.items()}
+        else:
+            output = self.student(images)
+        self.student_logits = output.detach() if isinstance(output, Tensor) else None
+        return output, features
+
+    def _run_teacher(self, images: Any, tapped: bool) -> tuple[Any, dict[str, Tensor]]:
+        """Runs the teacher: the one place that detaches it."""
+        features = {}
+        with torch.no_grad():
+            if tapped:
+                output, found = self._teacher_taps(images)
+                features = {stage: found[path].detach() for stage, (_, path) in self._paths.items()}
+            else:
+                output = self.teacher(images)
+        if isinstance(output, Tensor):
+            self.teacher_logits = output = output.detach()
+        return output, features
+
+    def _task_losses(self, output: Any, targets: Any, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if losses and self.balance is None and "task" not in self._active:
+            return {}
+        task = self.task(output, targets)
+        return {"task": task} if isinstance(task, Tensor) else {f"task/{name}": loss for name, loss in task.items()}
+
+    def _evaluate(
+        self, call: Call, outputs: tuple[Any, Any, Any], student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], index: Tensor | None
+    ) -> dict[str, Tensor]:
+        options: dict[str, Any] = {}
+        if call.indexed:
+            if index is None:
+                raise ValueError(f"Expected 'index', the positions of the images in the data set, for the term '{call.term}' (got None)")
+            options["index"] = index
+        if None not in call.losses:
+            options["parts"] = [part for part, name in call.losses.items() if name in self._active]
+        term = self.terms[call.key]
+        if call.level == "logits":
+            found = term(*outputs, **options)
+        elif call.level == "stage":
+            found = term(student[call.stages[0]], teacher[call.stages[0]], **options)
+        else:
+            found = term({stage: student[stage] for stage in call.stages}, {stage: teacher[stage] for stage in call.stages}, **options)
+        return {call.losses[None]: found} if isinstance(found, Tensor) else {call.losses[part]: loss for part, loss in found.items()}
+
+    def _weigh(self, tasks: dict[str, Tensor], losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = dict(zip(self.weights, self._weights.unbind(), strict=True))
+        weighted = {name: weights["task"] * loss for name, loss in tasks.items() if "task" in self._active or not losses}
+        factors = {} if self.balance is None else self.balance.factors()
+        for name, loss in losses.items():
+            weighted[name] = weights[name] * factors[name] * loss if name in factors else weights[name] * loss
+        if len(self._active) < len(self.weights):
+            # Layers of what is switched off for now get the gradient 0 rather than none: DistributedDataParallel waits for every parameter.
+            idle = [
+                parameter.sum() for module in (self.adapters, self.terms) for parameter in module.parameters() if parameter.requires_grad
+            ]
+            first = next(iter(weighted))
+            weighted[first] = weighted[first] + 0 * sum(idle)
+        return weighted
+
+    def _adapts(self, calls: Sequence[Call], stage: str) -> bool:
+        return any(call.adapted and stage in call.stages for call in calls)
+
+    def _build(self, terms: Mapping[str, nn.Module], input_size: tuple[int, ...]) -> None:
+        """Makes the layers that the losses need, before an optimiser can miss them."""
+        adapted = [stage for stage in self._paths if self._adapts(self._calls, stage)]
+        student_shapes: dict[str, torch.Size] = {}
+        teacher_shapes: dict[str, torch.Size] = {}
+        if adapted or any(call.builds for call in self._calls):
+            student, teacher = self._student_taps.shapes(input_size), self._teacher_taps.shapes(input_size)
+            student_shapes = {stage: student[path] for stage, (path, _) in self._paths.items()}
+            teacher_shapes = {stage: teacher[path] for stage, (_, path) in self._paths.items()}
+        matched_shapes = dict(student_shapes)
+        for stage in adapted:
+            mine, other = student_shapes[stage], teacher_shapes[stage]
+            if len(mine) != len(other):
+                raise UserError(f"Expected two maps or two vectors to match at the stage '{stage}' (got {list(mine)} and {list(other)})")
+            self.adapters[module_key(stage)] = ChannelAdapter(mine[1], other[1], size=tuple(other[2:]) if mine[2:] != other[2:] else None)
+            matched_shapes[stage] = other
+        for call in self._calls:
+            if call.key in self.terms:
+                continue
+            term = terms[call.term]
+            if call.builds:
+                shapes = matched_shapes if call.adapted else student_shapes
+                if call.level == "stage":
+                    term = copy.deepcopy(term)
+                    term.build(shapes[call.stages[0]], teacher_shapes[call.stages[0]])
+                else:
+                    term.build({stage: shapes[stage] for stage in call.stages}, {stage: teacher_shapes[stage] for stage in call.stages})
+            self.terms[call.key] = term
+
+    def _fill_weights(self) -> None:
+        # A tensor, so that neither a compiled nor a captured step is made anew when a ramp moves on.
+        self._weights.copy_(torch.tensor(list(self.weights.values())), non_blocking=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        self._weights = self._weights.float()  # model.half() is not meant for them
+        self._fill_weights()
+        return self
+
+
+def _unique(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(paths))
+
+
+def _balance(balance: GradientBalance | str | None) -> GradientBalance | None:
+    if balance is None or isinstance(balance, GradientBalance):
+        return balance
+    if balance != "gradient":
+        raise UserError(f"Expected 'balance' to be 'gradient', a GradientBalance or None (got '{balance}')")
+    return GradientBalance()

@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gkd.distill import Distiller, GradientBalance, Ramp
+from gkd.errors import UserError
+from gkd.models import ChannelAdapter, Teacher
+
+
+def network(width=4, classes=5):
+    """Two stages; the second one's path holds a dot, and its ReLU overwrites the tapped output of the norm."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, classes),
+    )
+
+
+class Soft(nn.Module):
+    level = "logits"
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, student_logits, teacher_logits, target=None):
+        self.calls.append((student_logits, teacher_logits, target))
+        return (student_logits - teacher_logits).square().mean()
+
+
+class Hint(nn.Module):
+    level = "stage"
+    matched_channels = True
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, student, teacher):
+        self.calls.append((student, teacher))
+        return (student - teacher).square().mean()
+
+
+class Parts(nn.Module):
+    level = "stage"
+    parts = ("mean", "spread")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, student, teacher, parts=None):
+        self.calls.append(list(parts))
+        values = {"mean": (student.mean() - teacher.mean()).square(), "spread": (student.std() - teacher.std()).square()}
+        return {part: values[part] for part in parts}
+
+
+class Built(nn.Module):
+    """A term with a layer of its own, at one stage or over all of them."""
+
+    needs_index = True
+
+    def __init__(self, level="stage"):
+        super().__init__()
+        self.level = level
+
+    def build(self, student_shapes, teacher_shapes):
+        self.shapes = (student_shapes, teacher_shapes)
+        first, second = (list(shapes.values())[-1] if self.level == "stages" else shapes for shapes in self.shapes)
+        self.layer = nn.Linear(first[1], second[1])
+
+    def forward(self, student, teacher, index):
+        self.index = index
+        if self.level == "stages":
+            self.seen = list(student)
+            student, teacher = list(student.values())[-1], list(teacher.values())[-1]
+        return (self.layer(student.mean((2, 3))) - teacher.mean((2, 3))).square().mean()
+
+
+TAPS = {"low": "0", "high.1": ("1.1", "1.1")}
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, 8, 8, generator=generator), torch.randint(5, (4,), generator=generator)
+
+
+def build(**options):
+    torch.manual_seed(0)
+    options = {"student": network(), "teacher": network(width=6), "taps": TAPS, "input_size": (3, 8, 8), **options}
+    return Distiller(**options)
+
+
+def full(**options):
+    terms = {"kd": Soft(), "fitnet": Hint(), "parts": Parts()}
+    return build(**{"terms": terms, **options})
+
+
+def test_names_and_values_of_all_levels(batch):
+    distiller = build(terms={"kd": Soft(), "fitnet": Hint(), "parts": Parts(), "review": Built("stages")}, weights={"task": 0.1, "kd": 0.9})
+    losses = distiller(*batch, index=torch.arange(4))
+    stages = ("low", "high.1")
+    expected = ["task", "kd", *(f"fitnet/{stage}" for stage in stages)]
+    assert list(losses) == [*expected, *(f"parts/{stage}/{part}" for stage in stages for part in ("mean", "spread")), "review"]
+    assert all(loss.shape == () and loss.requires_grad for loss in losses.values())
+    student, teacher, target = distiller.terms["kd"].calls[0]
+    assert torch.equal(losses["kd"], torch.tensor(0.9) * (student - teacher).square().mean())
+    assert torch.equal(losses["task"], torch.tensor(0.1) * nn.functional.cross_entropy(student, batch[1]))
+    assert torch.equal(target, batch[1])
+    assert torch.equal(distiller.student_logits, student)
+    assert torch.equal(distiller.teacher_logits, teacher)
+    assert not distiller.student_logits.requires_grad
+    assert torch.equal(teacher, distiller.teacher(batch[0]))
+
+
+def test_plain_training_is_the_same_path(batch):
+    distiller = Distiller(network(), label_smoothing=0.1)
+    losses = distiller(*batch)
+    assert list(losses) == ["task"]
+    expected = nn.functional.cross_entropy(distiller.student(batch[0]), batch[1], label_smoothing=0.1)
+    assert torch.equal(losses["task"], expected)
+    assert distiller.teacher is None
+    assert distiller.teacher_logits is None
+    assert all(name.startswith("student.") for name in distiller.state_dict())
+
+
+def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(batch):
+    distiller = build(terms={"kd": Soft(), "fitnet": Hint(), "own": Built()})
+    sum(distiller(*batch, index=torch.arange(4)).values()).backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for name, parameter in distiller.named_parameters()
+        if "1.0.bias" not in name
+    )
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in distiller.teacher.parameters())
+
+
+def test_teacher_is_no_child():
+    teacher = network(width=6)
+    distiller = full(teacher=teacher)
+    inside = {id(tensor) for tensor in [*teacher.parameters(), *teacher.buffers()]}
+    assert inside.isdisjoint(id(tensor) for tensor in [*distiller.parameters(), *distiller.buffers()])
+    assert {name.split(".")[0] for name in distiller.state_dict()} == {"student", "adapters"}
+    assert teacher not in list(distiller.modules())
+    assert isinstance(distiller.teacher, Teacher)
+    distiller.train()
+    assert distiller.student.training
+    assert not any(module.training for module in distiller.teacher.modules())
+
+
+def test_teacher_follows_to_and_weights_stay_exact(batch):
+    distiller = full(weights={"kd": 0.9}).double()
+    assert all(parameter.dtype == torch.float64 for parameter in distiller.teacher.parameters())
+    images, targets = batch
+    assert torch.isfinite(sum(distiller(images.double(), targets).values()))
+    distiller.to(torch.bfloat16)
+    assert distiller._weights[list(distiller.weights).index("kd")] == torch.tensor(0.9)
+
+
+def test_student_is_an_ordinary_child(batch):
+    distiller = full()
+    own = {f"student.{name}" for name, _ in distiller.student.named_parameters()}
+    assert own == {name for name, _ in distiller.named_parameters() if name.startswith("student.")}
+    fresh = network()
+    fresh.load_state_dict(
+        {name.removeprefix("student."): value for name, value in distiller.state_dict().items() if name.startswith("student.")}
+    )
+    assert torch.equal(fresh.eval()(batch[0]), distiller.eval().student(batch[0]))
+
+
+def test_adapters_are_shared_and_built_only_where_needed(batch):
+    first, second = Hint(), Hint()
+    distiller = build(terms={"a": first, "b": second, "parts": Parts()}, stages={"a": ["high.1"], "b": ["high.1"]})
+    assert list(distiller.adapters) == ["high/1"]
+    distiller(*batch)
+    assert first.calls[0][0] is second.calls[0][0]
+    assert first.calls[0][0].shape == (4, 12, 4, 4)  # the teacher's 12 channels
+
+
+def test_adapter_matches_sizes(batch):
+    teacher = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(6 * 16, 5))
+    distiller = build(teacher=teacher, taps={"low": ("0", "0")}, terms={"fitnet": Hint()})
+    assert torch.isfinite(distiller(*batch)["fitnet/low"])
+
+
+def test_built_terms_get_shapes_and_a_copy_for_every_stage(batch):
+    term = Built()
+    distiller = build(terms={"own": term})
+    assert list(distiller.terms) == ["own/low", "own/high/1"]
+    assert distiller.terms["own/low"].shapes[0][1:] == (4, 8, 8)
+    assert distiller.terms["own/low"].shapes[1][1:] == (6, 8, 8)
+    assert distiller.terms["own/high/1"].shapes[0][1:] == (8, 4, 4)
+    assert not hasattr(term, "layer")
+    distiller(*batch, index=torch.arange(4))
+    assert torch.equal(distiller.terms["own/low"].index, torch.arange(4))
+    with pytest.raises(ValueError, match="Expected 'index', .* for the term 'own' .got None"):
+        distiller(*batch)
+
+
+def test_stages_come_in_the_order_of_the_taps(batch):
+    distiller = build(terms={"review": Built("stages")}, stages={"review": ["high.1", "low"]})
+    distiller(*batch, index=torch.arange(4))
+    assert distiller.terms["review"].seen == ["low", "high.1"]
+    assert list(distiller.terms["review"].shapes[0]) == ["low", "high.1"]
+
+
+def test_weight_zero_is_not_computed(batch):
+    terms = {"kd": Soft(), "fitnet": Hint(), "parts": Parts()}
+    distiller = build(terms=terms, weights={"kd": 0, "fitnet/low": 0, "parts/mean": 0})
+    assert list(distiller(*batch)) == ["task", "fitnet/high.1", "parts/low/spread", "parts/high.1/spread"]
+    assert not terms["kd"].calls
+    assert len(terms["fitnet"].calls) == 1
+    assert terms["parts"].calls == [["spread"], ["spread"]]
+    assert list(distiller.adapters) == ["high/1"]
+    assert "kd" not in distiller.terms
+
+
+def test_teacher_does_not_run_when_nothing_needs_it(batch):
+    runs = []
+    distiller = full(weights={"kd": Ramp(start=1), "fitnet": 0, "parts": Ramp(start=2)})
+    distiller.teacher.register_forward_hook(lambda *_: runs.append(1))
+    assert list(distiller(*batch)) == ["task"]
+    assert runs == []
+    distiller.progress(1)
+    assert list(distiller(*batch)) == ["task", "kd"]
+    assert runs == [1]
+    distiller.progress(2.5)
+    assert len(distiller(*batch)) == 6
+
+
+def test_only_used_stages_are_tapped():
+    distiller = build(taps={**TAPS, "unused": "no.such.path"}, terms={"fitnet": Hint()}, stages={"fitnet": ["low"]})
+    assert distiller._student_taps.paths == ("0",)
+
+
+def test_ramps_follow_progress(batch):
+    distiller = full(weights={"kd": Ramp(value=2.0, up=4)})
+    plain = {}
+    for epoch in (1.0, 2.0, 4.0, 9.0):
+        distiller.progress(epoch)
+        plain[epoch] = distiller.eval()(*batch)["kd"].item()
+    assert plain[1.0] * 2 == pytest.approx(plain[2.0])
+    assert plain[2.0] * 2 == pytest.approx(plain[4.0])
+    assert plain[4.0] == plain[9.0]
+    distiller.progress(0.0)
+    assert "kd" not in distiller(*batch)
+
+
+def test_layers_of_idle_terms_get_gradient_zero(batch):
+    # DistributedDataParallel waits for a gradient of every parameter
+    distiller = full(weights={"fitnet": Ramp(start=3)})
+    sum(distiller(*batch).values()).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in distiller.adapters.parameters())
+
+
+def test_nothing_active_gives_a_sum_of_zero(batch):
+    distiller = full(weights={"task": 0, "kd": Ramp(start=3), "fitnet": 0, "parts": 0})
+    losses = distiller(*batch)
+    assert {name: loss.item() for name, loss in losses.items()} == {"task": 0.0}
+    losses["task"].backward()
+    distiller.progress(4)
+    assert list(distiller(*batch)) == ["kd"]
+
+
+def test_task_may_return_named_losses():
+    class Boxes(nn.Module):
+        def forward(self, output, targets):
+            return {"cls": output["cls"].mean(), "box": output["box"].mean() * targets}
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, images):
+            return {"cls": self.layer(images[0]), "box": self.layer(images[1])}
+
+    distiller = Distiller(Detector(), task=Boxes(), weights={"task": 2.0})
+    images = [torch.ones(1, 2), torch.zeros(3, 2)]
+    losses = distiller(images, 3.0)
+    assert list(losses) == ["task/cls", "task/box"]
+    assert torch.allclose(losses["task/box"], 6 * distiller.student.layer.bias.mean())
+    assert distiller.student_logits is None
+
+
+def test_balance_enters_state_and_resumes(batch):
+    distiller = full(balance=GradientBalance(interval=2))
+    for _ in range(3):
+        distiller(*batch)
+    state = copy.deepcopy(distiller.state_dict())
+    assert {name.split(".")[0] for name in state} == {"student", "adapters", "balance"}
+    resumed = full(balance=GradientBalance(interval=2), student=network())
+    resumed.load_state_dict(state)
+    first, second = distiller(*batch), resumed(*batch)
+    assert {name: loss.item() for name, loss in first.items()} == {name: loss.item() for name, loss in second.items()}
+    assert torch.equal(distiller.balance.norms, resumed.balance.norms)
+
+
+def test_balance_sees_the_task_behind_copied_taps(batch):
+    # the tap of "1.1" is a copy, for the ReLU overwrites the map in place; the first call copies every map
+    distiller = full(balance="gradient", weights={"kd": 0})
+    distiller(*batch)
+    assert (distiller.balance.norms > 0).all()
+
+
+def test_copies_are_independent(batch):
+    distiller = full()
+    other = copy.deepcopy(distiller)
+    before = distiller.eval()(*batch)["kd"].item()
+    with torch.no_grad():
+        for parameter in other.student.parameters():
+            parameter.zero_()
+    other.eval()(*batch)
+    assert distiller(*batch)["kd"].item() == before
+    assert other.teacher is not distiller.teacher
+
+
+def test_compiles(batch):
+    distiller = full(weights={"kd": Ramp(up=8)}).eval()
+    eager = {name: loss.item() for name, loss in distiller(*batch).items()}
+    compiled = torch.compile(distiller, backend="eager")
+    assert {name: loss.item() for name, loss in compiled(*batch).items()} == pytest.approx(eager)
+    distiller.progress(4)
+    assert compiled(*batch)["kd"].item() == pytest.approx(distiller(*batch)["kd"].item())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": None}, "Expected a teacher for the terms kd, fitnet, parts .got none"),
+        ({"weights": {"fitnets": 1}}, "got 'fitnets'.. Did you mean 'fitnet"),
+        ({"weights": {"fitnet/lou": 1}}, "Did you mean 'fitnet/low'"),
+        ({"stages": {"fitnett": ["low"]}}, "a key of 'stages' .*Did you mean 'fitnet'"),
+        ({"stages": {"fitnet": ["lo"]}}, "a stage of the term 'fitnet' .*Did you mean 'low'"),
+        ({"stages": {"kd": ["low"]}}, "no stages for the term 'kd'"),
+        ({"stages": {"fitnet": []}}, "Expected a stage for the term 'fitnet'"),
+        ({"taps": {}}, "Expected a stage for the term 'fitnet': give it in 'taps'"),
+        ({"taps": {"low": ("0", "0", "0")}}, "Expected the tap 'low' to be a path in the student and one in the teacher"),
+        ({"taps": {"mean": "0"}}, "Expected no stage to be named as a part of the term 'parts' .got 'mean'"),
+        ({"taps": {"a/b": "0"}}, "Expected another name for a stage"),
+        ({"terms": {"task": Soft()}}, "Expected another name for a term"),
+        ({"terms": {"x": nn.Identity()}}, "Expected term 'x' to have the attribute 'level'"),
+        ({"balance": "gradients"}, "Expected 'balance' to be 'gradient'"),
+    ],
+)
+def test_mistakes_are_explained(options, message):
+    with pytest.raises(UserError, match=message):
+        full(**options)
+
+
+def test_unknown_path_lists_the_near_ones():
+    with pytest.raises(ValueError, match="Expected the path of a module"):
+        build(taps={"low": ("0.3", "0")}, terms={"fitnet": Hint()})
+
+
+def test_adapter_is_the_documented_one():
+    assert isinstance(full().adapters["low"], ChannelAdapter)

@@ -1,0 +1,76 @@
+"""The command line that every train_net.py shares: its options, its messages, its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gkd.engine.interrupt import Interrupted
+from gkd.engine.loop import NonFiniteLossError
+from gkd.errors import UserError
+
+USER_ERROR = 2
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The options of DESIGN's command line; a project adds its own."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--gin", action="append", required=True, metavar="FILE", help="configuration; several are read one after the other")
+    parser.add_argument("--set", action="append", default=[], metavar="BINDING", help="one more binding, such as 'KNNEdges.k = 16'")
+    parser.add_argument("--output", type=Path, help="run folder (default: runs/ and the name of the last --gin file)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="remove what an earlier run wrote to the run folder")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the run folder's student, or else the weights that the file names")
+    parser.add_argument("--export", choices=("onnx", "torch"), help="write the student as ONNX or as a torch.export program too")
+    parser.add_argument("--seed", type=int, help="seed of everything that is drawn")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    """Where the run goes: --output, or runs/ and the name of the last --gin file."""
+    return arguments.output or Path("runs") / Path(arguments.gin[-1]).stem
+
+
+def overrides(arguments: argparse.Namespace, root: str) -> list[str]:
+    """The bindings that the options stand for; they are part of the operative configuration like any other."""
+    bindings = list(arguments.set)
+    if arguments.seed is not None:
+        bindings.append(f"{root}.seed = {arguments.seed}")
+    if arguments.device is not None:
+        bindings.append(f"Trainer.device = {arguments.device!r}")
+    return bindings
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+    """Parses and runs; turns what may go wrong into one message and an exit code.
+
+    Args:
+        parser: From `build_parser`.
+        run: Does the work.
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        0; 2 for a mistake of the user's; 1 where the losses are no numbers; 128 + signal where a signal ended it.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except (UserError, NonFiniteLossError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+        return USER_ERROR if isinstance(error, UserError) else 1
+    except Interrupted as interrupted:
+        print(f"{parser.prog}: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signum
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what the last checkpoint holds is kept.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0

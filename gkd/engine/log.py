@@ -1,0 +1,180 @@
+"""Where the numbers of a training go: JSON lines, TensorBoard and the terminal. Each takes the same records."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Record = Mapping[str, Any]
+
+
+class Writer(Protocol):
+    """Takes records of ``{"kind": "train" | "eval", "epoch": .., "step": .., name: number}``."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record."""
+
+    def advance(self, step: int) -> None:
+        """Hears that a step was made."""
+
+    def close(self) -> None:
+        """Ends."""
+
+
+class MetricsFile:
+    """One JSON object a line; numbers that are not finite become null, so that every line is JSON.
+
+    Args:
+        path: File to append to.
+        length: Bytes to keep of a file that is there: what a checkpoint knows of.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> metrics = MetricsFile(path)
+        >>> metrics.write({"kind": "train", "step": 1, "loss": float("nan")})
+        >>> metrics.close()
+        >>> path.read_text()
+        '{"kind": "train", "step": 1, "loss": null}\\n'
+    """
+
+    def __init__(self, path: Path, length: int = 0) -> None:
+        self._file = path.open("ab")
+        self._file.truncate(min(length, path.stat().st_size))
+
+    def write(self, record: Record) -> None:
+        """Writes one line."""
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        self._file.write(json.dumps(finite).encode() + b"\n")
+        self._file.flush()
+
+    def advance(self, step: int) -> None:
+        """Steps leave no line."""
+
+    def length(self) -> int:
+        """Bytes so far, which are then on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads the records of a metrics file; a last line that a crash cut off is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class TensorBoardLog:
+    """Scalars for TensorBoard, named kind/name.
+
+    Args:
+        folder: Where the event files go.
+        purge_step: Drop what an earlier run wrote from this step on.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        """Adds every number of the record."""
+        prefix = record.get("split", record["kind"])
+        for name, value in record.items():
+            if isinstance(value, float | int) and name not in ("step", "epoch"):
+                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+    def advance(self, step: int) -> None:
+        """Steps leave no point."""
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        self._writer.close()
+
+
+class TerminalLog:
+    """A progress bar with the last numbers and the time left; plain lines where the output is no terminal.
+
+    Args:
+        total_steps: Steps of the whole training.
+        total_epochs: Epochs of the whole training.
+        step: Steps already made.
+    """
+
+    def __init__(self, total_steps: int, total_epochs: int, step: int = 0) -> None:
+        self._total_steps, self._total_epochs = total_steps, total_epochs
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total} steps"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, completed=step, numbers="")
+            self._progress.start()
+
+    def write(self, record: Record) -> None:
+        """Shows training numbers beside the bar, and every evaluation on a line that stays."""
+        line = format_record(record, self._total_steps, self._total_epochs)
+        if self._progress is None:
+            print(line, flush=True)
+        elif record["kind"] == "train":
+            description = f"epoch {record['epoch']}/{self._total_epochs}"
+            self._progress.update(self._task, description=description, numbers=_numbers(record))
+        else:
+            self._console.print(line, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def format_record(record: Record, total_steps: int, total_epochs: int) -> str:
+    """One line for people.
+
+    Examples:
+        >>> format_record({"kind": "eval", "split": "test", "epoch": 2, "step": 20, "top1": 71.5, "loss": 1.2}, 100, 10)
+        'epoch 2/10  step 20/100  test  top1 71.50  loss 1.2'
+    """
+    head = f"epoch {record['epoch']}/{total_epochs}  step {record['step']}/{total_steps}"
+    split = f"  {record['split']}" if "split" in record else ""
+    return f"{head}{split}  {_numbers(record)}"
+
+
+def _numbers(record: Record) -> str:
+    shown = []
+    for name, value in record.items():
+        if name in ("kind", "split", "epoch", "step") or not isinstance(value, float | int):
+            continue
+        if name in ("top1", "top5", "agreement"):
+            shown.append(f"{name} {value:.2f}")
+        elif name == "images_per_second":
+            shown.append(f"{value:.0f} images/s")
+        else:
+            shown.append(f"{name.removeprefix('loss/')} {value:.4g}")
+    return "  ".join(shown)

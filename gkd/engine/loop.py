@@ -1,0 +1,428 @@
+"""One training on its way: steps, records, evaluations, checkpoints, and the exact continuation of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from gkd.engine.interrupt import Interrupted, Interrupts
+from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, Writer
+from gkd.engine.run import RunFolder, package_versions
+from gkd.engine.window import Window
+from gkd.errors import UserError
+
+if TYPE_CHECKING:
+    from gkd.engine.trainer import Trainer
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss became NaN or infinite; the message names the step, the terms and the samples."""
+
+
+@dataclass
+class Position:
+    """Where a training is; part of every checkpoint."""
+
+    step: int = 0
+    evaluated: int = 0  # step of the last evaluation
+    last: dict[str, Any] | None = None  # record of the last evaluation
+    best: dict[str, Any] | None = None  # record of the best one
+    seconds: float = 0.0  # training alone, without evaluations and checkpoints
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `Trainer.fit` gives back.
+
+    Attributes:
+        step: Optimiser steps made.
+        finished: Whether the training reached its end.
+        last: Record of the last evaluation, if there was one.
+        best: Record of the evaluation with the highest score.
+        seconds: Time of the training alone, over all resumptions.
+        images_per_second: Mean throughput over that time.
+    """
+
+    step: int
+    finished: bool
+    last: dict[str, Any] | None
+    best: dict[str, Any] | None
+    seconds: float
+    images_per_second: float
+
+
+@dataclass
+class Clock:
+    """A stopwatch that can be halted."""
+
+    seconds: float = 0.0
+    _since: float | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        """Runs."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Halts."""
+        self.seconds, self._since = self.read(), None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it runs."""
+        return self._since is not None
+
+    def read(self) -> float:
+        """Seconds that it ran."""
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+class Loop:
+    """The loop behind `Trainer.fit`, which documents the arguments."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        batches: Callable[..., Iterator[tuple]],
+        *,
+        steps_per_epoch: int,
+        samples_per_step: int,
+        evaluate: Callable[[], Mapping[str, Any]] | None,
+        metrics: Callable[[tuple], Mapping[str, Tensor]] | None,
+        describe: Callable[[tuple], str] | None,
+        score: str,
+        folder: RunFolder | None,
+    ) -> None:
+        self.settings, self.fabric, self.model = trainer, trainer.fabric, model
+        self.device = self.fabric.device
+        self.batches, self.steps_per_epoch, self.samples_per_step = batches, steps_per_epoch, samples_per_step
+        self.evaluate, self.metrics, self.describe, self.score, self.folder = evaluate, metrics, describe, score, folder
+        if steps_per_epoch < 1:
+            raise ValueError(f"Expected at least one step in an epoch (got {steps_per_epoch})")
+        self.total = trainer.total_steps(steps_per_epoch)
+        self.evaluation_period = max(1, round(trainer.evaluate_every * steps_per_epoch))
+
+        if trainer.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.raw_optimizer = trainer.optimizer(model)
+        self.base_lrs = [group["lr"] for group in self.raw_optimizer.param_groups]
+        compiled = model
+        if trainer.compile:
+            compiled = torch.compile(model, mode=trainer.compile if isinstance(trainer.compile, str) else None)  # type: ignore[assignment]
+        self.module, self.optimizer = self.fabric.setup(compiled, self.raw_optimizer)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+
+        self.position, self.window = Position(), Window(self.device)
+        self.interrupts, self.clock = Interrupts(), Clock()
+        self.writers: list[Writer] = []
+        self.metrics_file: MetricsFile | None = None
+        self._log_length = 0
+        self._logged = (0.0, 0)  # time and samples at the last record
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self) -> Summary:
+        """Trains from where the position is."""
+        stop = min(self.total, self.settings.max_steps or self.total)
+        with self.interrupts:
+            self._open_writers()
+            try:
+                self._evaluate_if_due()  # an evaluation that an interruption came before
+                self.clock.start()
+                for batch in self._stream(stop):
+                    self._step(batch)
+                    self._after_step(stop)
+                self.clock.stop()
+            finally:
+                for writer in self.writers:
+                    writer.close()
+        position = self.position
+        seconds = position.seconds + self.clock.seconds
+        return Summary(
+            step=position.step,
+            finished=position.step >= self.total,
+            last=position.last,
+            best=position.best,
+            seconds=seconds,
+            images_per_second=position.samples / seconds if seconds > 0 else 0.0,
+        )
+
+    def _stream(self, stop: int) -> Iterator[tuple]:
+        """Batches up to step `stop`; whoever takes one moves the position on."""
+        while self.position.step < stop:
+            epoch, start = divmod(self.position.step, self.steps_per_epoch)
+            try:
+                for batch in self.batches(epoch=epoch, start=start):
+                    yield batch
+                    if self.position.step >= stop or self.position.step % self.steps_per_epoch == 0:
+                        break
+            except RuntimeError:
+                # Ctrl-C reaches the workers of a data loader too, and the next batch fails because they are gone.
+                if self.interrupts.signum is None:
+                    raise
+                self._stop(self.interrupts.signum)
+            if self.position.step < stop and self.position.step % self.steps_per_epoch:
+                given = self.position.step - epoch * self.steps_per_epoch
+                raise ValueError(f"Expected {self.steps_per_epoch} batches in epoch {epoch} (got {given})")
+            if self.position.step == epoch * self.steps_per_epoch + start:
+                raise ValueError(f"Expected batches from step {start} of epoch {epoch} on (got none)")
+
+    def _step(self, batch: tuple) -> None:
+        step, settings = self.position.step, self.settings
+        if hasattr(self.model, "progress"):
+            self.model.progress(step / self.steps_per_epoch)
+        factor = settings.schedule(step, self.total, self.steps_per_epoch)
+        for group, base in zip(self.raw_optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * factor
+        self.module.train()
+
+        values: dict[str, Tensor] = {}
+        parts = split_batch(self._place(batch), settings.accumulate)
+        for number, part in enumerate(parts, start=1):
+            with self.fabric.no_backward_sync(self.module, enabled=number < len(parts) and self.fabric.world_size > 1):
+                losses = self.module(*part)
+                total = torch.stack([loss.float() for loss in losses.values()]).sum()
+                self.fabric.backward(total / len(parts))
+            scalars = {"loss": total, **{f"loss/{name}": loss for name, loss in losses.items()}}
+            if self.metrics is not None:
+                scalars.update(self.metrics(part))
+            for name, scalar in scalars.items():
+                share = scalar.detach() if len(parts) == 1 else scalar.detach() / len(parts)
+                values[name] = values[name] + share if name in values else share
+        if settings.clip_norm is not None:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=settings.clip_norm, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.position.step += 1
+        self.position.samples += self.samples_per_step
+        self.window.add(self.position.step, values)
+
+    def _after_step(self, stop: int) -> None:
+        step = self.position.step
+        if self.device.type == "cpu":
+            self._check_finite()
+        for writer in self.writers:
+            writer.advance(step)
+        is_logged = step % self.settings.log_every == 0 or step == self.total
+        if is_logged:
+            self._log()
+        signum = self._wish_to_stop(is_logged)
+        if signum:
+            self._stop(signum)
+        if not self._evaluate_if_due():
+            every = self.settings.checkpoint_every
+            if step == stop or (every is not None and step % every == 0):
+                self._save()
+
+    def _place(self, batch: tuple) -> tuple:
+        batch = self.fabric.to_device(batch)
+        if not self.settings.channels_last:
+            return batch
+        return tuple(
+            value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.ndim == 4 else value for value in batch
+        )
+
+    # ---------------------------------------------------------------- records
+
+    def _open_writers(self) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        step = self.position.step
+        total_epochs = -(-self.total // self.steps_per_epoch)
+        self.writers = [TerminalLog(self.total, total_epochs, step)]
+        if self.folder is not None:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.metrics_file = MetricsFile(self.folder.metrics, self._log_length)
+            self.writers.append(self.metrics_file)
+            if self.settings.tensorboard:
+                self.writers.append(TensorBoardLog(self.folder.tensorboard, purge_step=step + 1 if step else None))
+
+    def _write(self, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        step = self.position.step
+        record = {"kind": kind, "epoch": -(-step // self.steps_per_epoch), "step": step, **numbers}
+        for writer in self.writers:
+            writer.write(record)
+        return record
+
+    def _log(self) -> None:
+        self._check_finite()
+        reduce = (lambda means: self.fabric.all_reduce(means, reduce_op="mean")) if self.fabric.world_size > 1 else None
+        means = self.window.means(reduce)
+        self.window.reset()
+        seconds, samples = self.clock.read(), self.position.samples
+        rate = (samples - self._logged[1]) / max(1e-9, seconds - self._logged[0])
+        self._logged = (seconds, samples)
+        self._write("train", {"lr": self.raw_optimizer.param_groups[0]["lr"], **means, "images_per_second": rate})
+
+    def _check_finite(self) -> None:
+        """Raises at the first bad step. On an accelerator this waits for the device, so it is called at log points and before anything is kept."""
+        bad = self.window.first_bad()
+        if bad is None:
+            return
+        step, names = bad
+        terms = [name.removeprefix("loss/") for name in names if name != "loss"] or ["their sum"]
+        epoch, start = divmod(step - 1, self.steps_per_epoch)
+        samples = ""
+        if self.describe is not None:
+            # The batches are a function of (epoch, step), so the culprit can be read again and nothing had to be kept of it.
+            samples = f", {self.describe(next(iter(self.batches(epoch=epoch, start=start))))}"
+        kept = ""
+        if self.folder is not None and self.folder.last.is_file():
+            kept = f" The last good checkpoint is {self.folder.last}."
+        raise NonFiniteLossError(
+            f"Expected finite losses (got NaN or infinity in {', '.join(terms)} at step {step}, epoch {epoch + 1}{samples}). "
+            f"Try a lower learning rate, a warm-up, Trainer.clip_norm or Trainer.precision = '32-true'.{kept}"
+        )
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates and keeps checkpoints, if this step asks for it and it was not done yet."""
+        step, position = self.position.step, self.position
+        is_due = step > 0 and (step % self.evaluation_period == 0 or step == self.total)
+        if self.evaluate is None or not is_due or position.evaluated == step:
+            return False
+        self._check_finite()
+        self.clock.stop()
+        random_state = rng_state(self.device)
+        try:
+            if self.fabric.world_size > 1:
+                # Running statistics differ between the processes; those of the first are the ones that are saved.
+                for buffer in self.model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+                record = self._write("eval", self.evaluate())
+            else:
+                with self.interrupts.immediate():
+                    numbers = self.evaluate()
+                record = self._write("eval", numbers)
+        except Interrupted as interrupted:
+            set_rng_state(random_state, self.device)
+            self._stop(interrupted.signum)
+        position.evaluated, position.last = step, record
+        value = record.get(self.score)
+        if value is not None and (position.best is None or value > position.best[self.score]):
+            position.best = record
+            self._save(is_best=True)
+        self._save()
+        self.clock.start()
+        return True
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save(self, is_best: bool = False) -> None:
+        if self.folder is None:
+            return
+        self._check_finite()
+        was_running = self.clock.is_running
+        if was_running:
+            self.clock.stop()
+        own = {"rng": rng_state(self.device), "window": self.window.state_dict()}
+        ranks: list[Any] = [own]
+        if self.fabric.world_size > 1:
+            ranks = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        if self.fabric.is_global_zero:
+            position = asdict(self.position)
+            position["seconds"] += self.clock.seconds
+            state = {
+                "position": position,
+                "steps_per_epoch": self.steps_per_epoch,
+                "model": self.model.state_dict(),
+                "optimizer": self.raw_optimizer.state_dict(),
+                "scaler": {} if self.settings.autocast is None else self.settings.autocast.state_dict(),
+                "ranks": ranks,
+                "log_length": 0 if self.metrics_file is None else self.metrics_file.length(),
+                "versions": package_versions(),
+            }
+            save_checkpoint(self.folder.best if is_best else self.folder.last, state)
+        if self.fabric.world_size > 1:
+            self.fabric.barrier()
+        if was_running:
+            self.clock.start()
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint of the folder; stays at the start where there is none."""
+        if self.folder is None:
+            raise ValueError("Expected a run folder to resume from (got None)")
+        if not self.folder.last.is_file():
+            self.fabric.print(f"{self.folder.path} holds no checkpoint yet: starting from the beginning.")
+            return
+        state = load_checkpoint(self.folder.last)
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise UserError(
+                f"Expected {state['steps_per_epoch']} steps in an epoch, as in {self.folder.last} (got {self.steps_per_epoch}). "
+                "Resume with the data and the batch size of the run, or start again with --overwrite."
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            self.raw_optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"Expected the model that {self.folder.last} was saved from (got another: {error}). "
+                "Resume with the configuration of the run, or start again with --overwrite."
+            ) from error
+        if self.settings.autocast is not None and state["scaler"]:
+            self.settings.autocast.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        if len(state["ranks"]) != self.fabric.world_size:
+            self.fabric.print(f"Resuming a run of {len(state['ranks'])} processes with {self.fabric.world_size}: exact up to random numbers.")
+        own = state["ranks"][self.fabric.global_rank % len(state["ranks"])]
+        self.window.load_state_dict(own["window"])
+        set_rng_state(own["rng"], self.device)
+        self._log_length = state["log_length"]
+        self._logged = (0.0, self.position.samples)
+        self.fabric.print(f"Resuming {self.folder.path} after step {self.position.step} of {self.total}.")
+
+    # ---------------------------------------------------------------- interruption
+
+    def _wish_to_stop(self, is_logged: bool) -> int:
+        """Signal that some process received, or 0. Several processes agree at log points only, where they wait for each other anyway."""
+        signum = self.interrupts.signum or 0
+        if self.fabric.world_size == 1:
+            return signum
+        if not is_logged:
+            return 0
+        wishes = torch.tensor(signum, device=self.device)
+        torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX)
+        return int(wishes)
+
+    def _stop(self, signum: int) -> None:
+        self._save()
+        if self.folder is None:
+            message = f"Interrupted after step {self.position.step} of {self.total}; nothing was kept, as there is no run folder."
+        else:
+            message = f"Interrupted after step {self.position.step} of {self.total}. Go on with the same command and --resume."
+        raise Interrupted(signum, message)
+
+
+def split_batch(batch: tuple, parts: int) -> list[tuple]:
+    """Cuts every tensor and list of a batch into equal parts; anything else goes into each part.
+
+    Raises:
+        ValueError: If a length is no multiple of `parts`.
+
+    Examples:
+        >>> split_batch((torch.arange(4), ["a", "b", "c", "d"], None), 2)
+        [(tensor([0, 1]), ['a', 'b'], None), (tensor([2, 3]), ['c', 'd'], None)]
+    """
+    if parts == 1:
+        return [batch]
+
+    def cut(value: Any, part: int) -> Any:
+        if not isinstance(value, Tensor | list):
+            return value
+        if len(value) % parts:
+            raise ValueError(f"Expected a batch that can be cut into {parts} equal parts (got {len(value)} samples)")
+        size = len(value) // parts
+        return value[part * size : (part + 1) * size]
+
+    return [tuple(cut(value, part) for value in batch) for part in range(parts)]

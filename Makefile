@@ -1,0 +1,48 @@
+# `make` alone lists the targets. Settings: PYTHON (makes the environment), PIP_ARGS (as for pip install), PYTEST_ARGS.
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+# An active virtual environment is used as it is; without one, .venv is made.
+ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+RUN := $(ENV)/bin/python
+# Named by what was installed from where: the same again costs nothing, another setup.cfg installs anew.
+STAMP := $(ENV)/.gkd-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | cut -d ' ' -f 1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart quickstart-classification test lint format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F @ '{ printf "%-34s%s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## install gkd and all it needs, into .venv or the active virtual environment
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Expected Python 3.10 or newer (got %s): make PYTHON=python3.12, say" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(ENV)
+
+$(STAMP): | $(RUN)
+	$(RUN) -m pip install --quiet --upgrade 'pip>=23.1'
+	$(RUN) -m pip install $(PIP_ARGS) --editable '.[dev,viz]'
+	@rm -f $(ENV)/.gkd-* && touch $@
+
+quickstart: quickstart-classification ## teacher, student, KD and graph distillation on digits: a table and a report in minutes
+
+quickstart-classification: setup
+	$(RUN) projects/classification/quickstart.py --gin gin/quickstart_classification.gin
+
+test: lint ## all checks: style, types, tests
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: setup ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup ## rewrite the code in the project's style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find gkd projects tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,12 +7,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import scatter
 
-
-def _unit_rows(x: Tensor) -> Tensor:
-    # A row of zeros has no direction: it stays zero, and the inner `where` keeps 1/0 out of its gradient too.
-    square = x.square().sum(dim=-1, keepdim=True)
-    exists = square > 0
-    return x * torch.where(exists, square.where(exists, torch.ones_like(square)).rsqrt(), torch.zeros_like(square))
+from gkd.graphs.laplacian import connected
+from gkd.graphs.similarity import unit_rows
 
 
 def _difference(x_i: Tensor, x_j: Tensor) -> Tensor:
@@ -34,7 +30,7 @@ Relation = Callable[[Tensor, Tensor], Tensor]
 RELATIONS: dict[str, tuple[Callable[[Tensor], Tensor] | None, Relation | None]] = {
     "difference": (None, _difference),
     "distance": (None, _distance),
-    "cosine": (_unit_rows, _cosine),
+    "cosine": (unit_rows, _cosine),
     "feature": (None, None),
 }
 
@@ -148,7 +144,7 @@ class RelationalConv(MessagePassing):
             raise ValueError(f"Expected 'edge_weight' not to be negative under normalize=True (got {float(edge_weight.detach().min()):g})")
         target = edge_index[1]
         total = scatter(edge_weight, target, dim=0, dim_size=x.size(0), reduce="sum")
-        total = total.where(total > 0, torch.ones_like(total))  # a node that hears nothing divides 0 by 1
+        total = total.where(connected(total), torch.ones_like(total))  # a node that hears nothing divides 0 by 1
         return edge_weight / total[target]
 
     def edge_update(self, x_i: Tensor, x_j: Tensor) -> Tensor:

@@ -76,11 +76,8 @@ def to_dense(graph: Data) -> tuple[Tensor, Tensor]:
                  [0.5000, 0.0000, 2.0000],
                  [0.0000, 0.0000, 0.0000]]])
     """
-    num_graphs, num_nodes, slot, mask = layout(graph)
-    edge_index, edge_weight = weighted_edges(graph)
-    if slot is not None:
-        edge_index = slot[edge_index]
-    return dense_adjacency(edge_index, edge_weight, num_graphs, num_nodes), mask
+    edge_index, edge_weight, mask = padded_edges(graph)
+    return dense_adjacency(edge_index, edge_weight, *mask.shape), mask
 
 
 def dense_adjacency(edge_index: Tensor, edge_weight: Tensor, num_graphs: int, num_nodes: int) -> Tensor:
@@ -234,19 +231,22 @@ def from_padded(x: Tensor, graph: Data) -> Tensor:
     return x if slot is None else x[slot]
 
 
-def weighted_edges(graph: Data) -> tuple[Tensor, Tensor]:
-    """Returns ``edge_index`` and one weight per edge in float32 or float64: ones where the graph has none."""
+def padded_edges(graph: Data) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``edge_index`` in padded numbering, one weight per edge (ones where the graph has none), and the mask ``[B, N]``."""
+    _, _, slot, mask = layout(graph)
     edge_index = graph.edge_index
     if edge_index is None:
         raise ValueError(f"Expected a graph with 'edge_index' (got {graph})")
+    if slot is not None:
+        edge_index = slot[edge_index]
     edge_weight = graph.get("edge_weight")
     if edge_weight is None:
         x = graph.get("x")
         dtype = torch.float64 if x is not None and x.dtype == torch.float64 else torch.float32
-        return edge_index, torch.ones(edge_index.size(1), dtype=dtype, device=edge_index.device)
+        return edge_index, torch.ones(edge_index.size(1), dtype=dtype, device=edge_index.device), mask
     if edge_weight.dim() == 2 and edge_weight.size(1) == 1:
         edge_weight = edge_weight[:, 0]
-    return edge_index, as_float(edge_weight)
+    return edge_index, as_float(edge_weight), mask
 
 
 def as_float(value: Tensor) -> Tensor:

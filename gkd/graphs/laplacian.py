@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import as_float, check_adjacency, to_dense
+from gkd.graphs.dense import as_float, check_adjacency, padded_edges, to_dense
 
 Normalization = Literal["sym", "rw"] | None
 
@@ -83,3 +83,49 @@ def check_finite(value: Tensor, name: str) -> None:
     bad = int((~value.isfinite()).sum())  # a sum can overflow though all its terms are finite
     if bad:
         raise ValueError(f"Expected finite {name} (got {bad} NaN or infinite of {value.numel()} values)")
+
+
+class SparseLaplacian(NamedTuple):
+    r"""Laplacians of a batch as a diagonal less edges, :math:`L = \operatorname{diag}(d) - (S + S^\top) / 2`, in padded numbering."""
+
+    diagonal: Tensor
+    """``[B, N]``, zero at nodes that do not exist."""
+    value: Tensor
+    """Entry of S for every edge, ``[E]``."""
+    edge_index: Tensor
+    """Node i of graph b is ``b * N + i``, ``[2, E]``."""
+    mask: Tensor
+    """True where a node exists, ``[B, N]``."""
+
+
+def sparse_laplacian(graph: Data, normalization: Normalization = "sym") -> SparseLaplacian:
+    """Builds the Laplacian of every graph without a dense matrix; 'rw' is not symmetric and has none here.
+
+    Args:
+        graph: A graph or a batch of graphs.
+        normalization: 'sym' or None, as in :func:`laplacian`.
+
+    Raises:
+        ValueError: As :func:`laplacian`.
+    """
+    if normalization not in ("sym", None):
+        raise ValueError(f"Expected 'normalization' to be 'sym' or None (got {normalization!r})")
+    edge_index, edge_weight, mask = padded_edges(graph)
+    check_finite(edge_weight, "edge weights")
+    source, target = edge_index
+    degree = _edge_degree(edge_index, edge_weight, mask)
+    if normalization is None:
+        return SparseLaplacian(degree, edge_weight, edge_index, mask)
+    scale = inverse_sqrt(degree).flatten()
+    return SparseLaplacian(connected(degree).to(degree.dtype), edge_weight * (scale[source] * scale[target]), edge_index, mask)
+
+
+def node_degree(graph: Data) -> tuple[Tensor, Tensor]:
+    """Sums the weights at every node, half from each direction, and returns the degree ``[B, N]`` and the mask ``[B, N]``."""
+    edge_index, edge_weight, mask = padded_edges(graph)
+    return _edge_degree(edge_index, edge_weight, mask), mask
+
+
+def _edge_degree(edge_index: Tensor, edge_weight: Tensor, mask: Tensor) -> Tensor:
+    degree = edge_weight.new_zeros(mask.numel())
+    return (degree.scatter_add(0, edge_index[0], edge_weight) + degree.scatter_add(0, edge_index[1], edge_weight)).view_as(mask) / 2

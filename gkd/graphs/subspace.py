@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch_geometric.data import Data
+
+from gkd.graphs.dense import as_float, check_adjacency, dense_adjacency
+from gkd.graphs.eigen import Gauge, check_options, damping_of, decompose, exact_eigenmaps, inverse_gaps, keep, rounding, symmetric_product
+from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
+
+_SPARE = 8  # vectors beyond the wanted ones; they set the pace of convergence
+_GROWTH = {torch.float32: 1e4, torch.float64: 1e8}  # of the lowest vector against the highest between two orthonormalisations
+_MAX_DEGREE = 60  # of the polynomial that is applied between two orthonormalisations
+_MAX_SOLVE = 1000  # conjugate gradient steps of the backward pass
+
+
+class Block(NamedTuple):
+    """Lowest Ritz pairs of every graph."""
+
+    eigval: Tensor
+    """Ascending, ``[B, M]``."""
+    eigvec: Tensor
+    """Orthonormal columns, ``[B, N, M]``."""
+    kernel: Tensor
+    """Number of zero eigenvalues, ``[B]``."""
+    tolerance: Tensor
+    """Eigenvalues that are no farther apart are one, ``[B]``."""
+
+
+def subspace_eigenmaps(
+    graph: Data | Tensor,
+    num_eig: int = 8,
+    mask: Tensor | None = None,
+    normalization: Normalization = "sym",
+    drop_trivial: bool = True,
+    gauge: Gauge = "eigenspace",
+    damping: float | None = None,
+    init: Tensor | None = None,
+    tolerance: float | None = None,
+    max_iter: int = 60,
+) -> tuple[Tensor, Tensor]:
+    """Finds the lowest eigenpairs of large graphs by Chebyshev-filtered subspace iteration.
+
+    A block of vectors is multiplied by a polynomial of the Laplacian that is small on the unwanted part of the spectrum, and made
+    orthonormal again, until the wanted pairs satisfy the eigenvalue equation. A graph costs its edges times the block, not its
+    nodes cubed. The block holds the whole kernel, the wanted pairs and a few more; it grows when a graph turns out to have more
+    components than fit, and once it would take a third of the nodes the exact method takes over. The start is deterministic. The
+    backward pass solves for the part of the gradient outside the block by conjugate gradients.
+
+    Args:
+        graph: A graph or a batch of graphs, whose edges stay sparse, or Laplacians.
+        num_eig: Number Q of pairs.
+        mask: True where a node exists, for Laplacians.
+        normalization: 'sym' or None, for graphs.
+        drop_trivial: As in :func:`~gkd.graphs.spectral.eigenmaps`.
+        gauge: As in :func:`~gkd.graphs.spectral.eigenmaps`.
+        damping: As in :func:`~gkd.graphs.spectral.eigenmaps`.
+        init: Vectors to start from, such as the eigenvectors of the last step; any number of columns, zero columns too.
+        tolerance: Largest norm of :math:`L u - \\lambda u` in units of the largest eigenvalue; None: 1e-5 in float32, 1e-9 in float64.
+        max_iter: Number of filter rounds after which the pairs are taken as they are, with a warning.
+
+    Shapes:
+        - **graph** as Laplacians [B, N, N], **mask** [B, N], **init** [B, N, any]; **output** eigval [B, Q], eigvec [B, N, Q]
+
+    Raises:
+        ValueError: If the shapes disagree, or (checked on the CPU only) a value is not finite.
+
+    References:
+        Zhou, Saad, Tiago, Chelikowsky: Self-Consistent-Field Calculations Using Chebyshev-Filtered Subspace Iteration,
+        J. Comput. Phys. 2006.
+    """
+    check_options(num_eig, gauge, damping)
+    if isinstance(graph, Tensor):
+        mask = check_adjacency(graph, mask)
+        value = as_float(graph).masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
+        check_finite(value, "Laplacian")
+        value = (value + value.mT) / 2
+        diagonal, edge_index = value.diagonal(dim1=1, dim2=2), None
+    else:
+        diagonal, value, edge_index, mask = sparse_laplacian(graph, normalization)
+    if init is not None and init.shape[:2] != mask.shape:
+        raise ValueError(f"Expected 'init' of shape {[*mask.shape, 'any']} (got {list(init.shape)})")
+    num_graphs, num_nodes = mask.shape
+    if mask.numel() == 0:
+        return value.new_zeros(num_graphs, num_eig), value.new_zeros(num_graphs, num_nodes, num_eig)
+    with torch.autocast(value.device.type, enabled=False), torch.no_grad():
+        operator = Operator(diagonal.detach(), value.detach(), edge_index, mask)
+        block = _iterate(operator, num_eig, init, tolerance, max_iter)
+    if block is None:
+        if edge_index is not None:
+            adjacency = dense_adjacency(edge_index, value, num_graphs, num_nodes)
+            value = torch.diag_embed(diagonal) - (adjacency + adjacency.mT) / 2
+        return exact_eigenmaps(value, num_eig, mask, drop_trivial, gauge, damping)
+    with torch.autocast(value.device.type, enabled=False):
+        return _Attach.apply(diagonal, value, operator, block, num_eig, drop_trivial, gauge, damping)
+
+
+class Operator:
+    """Multiplies blocks of vectors by the Laplacians; nodes that do not exist are moved above the spectrum.
+
+    It works in float64 on a GPU, which may be set to multiply float32 with ten bits only.
+    """
+
+    def __init__(self, diagonal: Tensor, value: Tensor, edge_index: Tensor | None, mask: Tensor) -> None:
+        dtype = torch.float64 if value.is_cuda else value.dtype
+        diagonal, value = diagonal.to(dtype), value.to(dtype)
+        self.mask, self.edge_index = mask, edge_index
+        # No eigenvalue of a Laplacian exceeds twice its largest diagonal entry.
+        largest = diagonal.amax(1)
+        self.scale = 2 * torch.where(largest > 0, largest, 1.0)
+        self.bound = self.scale * (1.02 if bool(mask.all()) else 1.3)
+        self.shift = (1.25 * self.scale)[:, None] * ~mask
+        if edge_index is None:
+            self.matrix, self.diagonal = value + torch.diag_embed(self.shift), None
+        else:
+            edges = torch.cat([edge_index, edge_index.flip(0)], 1)
+            coo = torch.sparse_coo_tensor(edges, torch.cat([value, value]) / 2, (mask.numel(), mask.numel()), check_invariants=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                self.matrix = coo.coalesce().to_sparse_csr()
+            self.diagonal = (diagonal + self.shift)[:, :, None]
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """Computes L X."""
+        if self.diagonal is None:
+            return self.matrix @ X
+        return self.diagonal * X - (self.matrix @ X.flatten(0, 1)).view_as(X)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the vectors must have."""
+        return self.matrix.dtype
+
+
+def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: float | None, max_iter: int) -> Block | None:
+    """Finds the kernel and the ``num_eig`` pairs above it in every graph, or None where they are too many for a block."""
+    num_nodes = operator.mask.size(1)
+    count = operator.mask.sum(1)
+    limit = operator.scale * (tolerance or {torch.float32: 1e-5, torch.float64: 1e-9}[operator.dtype])
+    zero = rounding(operator.scale, num_nodes) + limit / 10  # a Rayleigh quotient is off by the square of its residual
+    size = num_eig + _SPARE
+    X = operator.mask.new_zeros(*operator.mask.shape, 0, dtype=operator.dtype) if init is None else init.to(operator.dtype)
+    for step in range(max_iter + 1):
+        if 3 * size > num_nodes:
+            return None
+        X = torch.linalg.qr(_widen(X, size, operator))[0]
+        X, LX, eigval = _rayleigh_ritz(operator, X)
+        kernel = (eigval <= zero[:, None]).sum(1)
+        wanted = torch.minimum(kernel + num_eig, count)
+        residual = (LX - eigval[:, None, :] * X).norm(dim=1)
+        excess = (residual - limit[:, None])[torch.arange(size, device=wanted.device) < wanted[:, None]]
+        largest = int(wanted.max())
+        if largest + _SPARE // 2 > size:
+            size = largest + max(_SPARE, size // 2)
+        elif not bool((excess > 0).any()):
+            break
+        elif step == max_iter:
+            warnings.warn(f"Subspace iteration stopped after {max_iter} rounds, {float(excess.max()):.1e} above its goal", stacklevel=4)
+            break
+        X = _filter(operator, X, LX, eigval)
+    else:
+        return None  # the block was still growing
+    return Block(eigval, X, kernel, zero)
+
+
+def _widen(X: Tensor, size: int, operator: Operator) -> Tensor:
+    """Fills a block up to its size with random vectors, the same ones every time, and puts these in place of zero columns too."""
+    num_graphs, num_nodes = operator.mask.shape
+    noise = torch.randn(num_nodes, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = noise.to(operator.mask.device, operator.dtype).expand(num_graphs, -1, -1)
+    X = X[:, :, :size]
+    used = X.size(2)
+    start = torch.where(X.norm(dim=1, keepdim=True) > 0, X, noise[:, :, :used])
+    return torch.cat([start, noise[:, :, used:]], 2)
+
+
+def _rayleigh_ritz(operator: Operator, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    LX = operator(X)
+    projected = X.mT @ LX
+    eigval, Q = decompose((projected + projected.mT) / 2)
+    return X @ Q, LX @ Q, eigval
+
+
+def _filter(operator: Operator, X: Tensor, LX: Tensor, eigval: Tensor) -> Tensor:
+    """Multiplies X by the Chebyshev polynomial of L that is small between the largest Ritz value and the end of the spectrum."""
+    lower = torch.minimum(eigval[:, -1], 1.1 * operator.scale).clamp(min=1e-6 * operator.scale)
+    centre, half = (operator.bound + lower) / 2, (operator.bound - lower) / 2
+    reach = float((centre / half).max())
+    degree = min(max(int(math.acosh(_GROWTH[operator.dtype]) / math.acosh(reach)), 2), _MAX_DEGREE)
+    sigma = first = -half / centre
+    previous, X = X, (LX - _columns(centre) * X) * _columns(first / half)
+    for _ in range(degree - 1):
+        following = 1 / (2 / first - sigma)
+        previous, X = X, (operator(X) - _columns(centre) * X) * _columns(2 * following / half) - _columns(sigma * following) * previous
+        sigma = following
+    return X
+
+
+def _columns(value: Tensor) -> Tensor:
+    return value[:, None, None]
+
+
+class _Attach(torch.autograd.Function):
+    """Hands out the pairs that were found without a record of how, and knows their derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        diagonal: Tensor,
+        value: Tensor,
+        operator: Operator,
+        block: Block,
+        num_eig: int,
+        drop_trivial: bool,
+        gauge: str,
+        damping: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        mask = operator.mask
+        count = mask.sum(1)
+        size = block.eigval.size(1)
+        position, start = keep(block.eigval, count, 0, block.tolerance, num_eig, drop_trivial)
+        present = position < count[:, None]
+        index = position.clamp(max=size - 1)
+        eigvec = block.eigvec * mask[:, :, None]
+        U = eigvec.gather(2, index[:, None, :].expand(-1, mask.size(1), -1)) * present[:, None, :]
+        kept = block.eigval.gather(1, torch.minimum(position, (count - 1)[:, None]).clamp(0, size - 1))
+        kept = torch.where((kept.abs() > block.tolerance[:, None]) & (start < count)[:, None], kept, 0.0)
+        found = torch.arange(size, device=mask.device) < torch.minimum(block.kernel + num_eig, count)[:, None]
+        ctx.save_for_backward(block.eigval, eigvec, U, index, present, found, block.tolerance)
+        ctx.operator, ctx.gauge, ctx.damping = operator, gauge, damping_of(damping, operator.scale)
+        return kept.to(value.dtype), U.to(value.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
+        eigval, eigvec, U, index, present, found, tolerance = ctx.saved_tensors
+        operator, damping, dtype = ctx.operator, ctx.damping, grad_eigvec.dtype
+        grad_eigval = grad_eigval.to(operator.dtype) * present
+        grad_eigvec = grad_eigvec.to(operator.dtype) * present[:, None, :] * operator.mask[:, :, None]
+        at = eigval.gather(1, index)
+        inside = eigvec * found[:, None, :]
+        kept = torch.zeros_like(found).scatter(1, index, True) if ctx.gauge == "block" else None
+        coefficient = inside.mT @ grad_eigvec * inverse_gaps(eigval, at, kept, tolerance, damping)
+        X = U * grad_eigval[:, None, :] + inside @ coefficient
+        spare = eigvec * (~found & (eigval < 1.1 * operator.scale[:, None]))[:, None, :]
+        X = X - _solve_outside(operator, grad_eigvec, at, inside, spare, eigval, damping)
+        if operator.edge_index is None:
+            return None, symmetric_product(X, U).to(dtype), None, None, None, None, None, None
+        source, target = operator.edge_index
+        grad_diagonal = (X * U).sum(-1).to(dtype) if ctx.needs_input_grad[0] else None
+        X, U = X.flatten(0, 1), U.flatten(0, 1)
+        grad_value = -((X[source] * U[target]).sum(-1) + (U[source] * X[target]).sum(-1)) / 2
+        return grad_diagonal, grad_value.to(dtype), None, None, None, None, None, None
+
+
+def _solve_outside(
+    operator: Operator, right: Tensor, at: Tensor, inside: Tensor, spare: Tensor, spare_eigval: Tensor, damping: Tensor
+) -> Tensor:
+    """Solves (L - at) Y = right in the complement of the vectors ``inside`` by conjugate gradients, one system a column.
+
+    The complement holds larger eigenvalues only, so that the matrix is positive there. A direction whose curvature is below the damping is
+    not followed: it belongs to an eigenspace that the cut goes through.
+    """
+
+    def project(Y: Tensor) -> Tensor:
+        return (Y - inside @ (inside.mT @ Y)) * operator.mask[:, :, None]
+
+    def multiply(Y: Tensor) -> Tensor:
+        return project(operator(Y) - at[:, None, :] * Y)
+
+    right = project(right)
+    goal = (1e-5 if operator.dtype == torch.float32 else 1e-11) ** 2 * right.square().sum(1)
+    gap = spare_eigval[:, :, None] - at[:, None, :]
+    wide = gap > _columns(damping)
+    Y = project(spare @ (spare.mT @ right * torch.where(wide, 1 / torch.where(wide, gap, 1.0), 0.0)))
+    rest = right - multiply(Y)
+    direction, energy = rest, rest.square().sum(1)
+    for step in range(_MAX_SOLVE):
+        if step % 8 == 0 and not bool((energy > goal).any()):
+            break
+        image = multiply(direction)
+        curvature = (direction * image).sum(1)
+        follow = (curvature > damping[:, None] * direction.square().sum(1)) & (energy > goal)
+        length = torch.where(follow, energy / torch.where(follow, curvature, 1.0), 0.0)
+        Y = Y + direction * length[:, None, :]
+        rest = rest - image * length[:, None, :]
+        previous, energy = energy, torch.where(follow, rest.square().sum(1), 0.0)
+        ratio = torch.where(follow, energy / torch.where(follow, previous, 1.0), 0.0)
+        direction = rest + direction * ratio[:, None, :]
+    return Y

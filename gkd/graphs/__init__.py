@@ -1,0 +1,47 @@
+"""Feature maps become graphs, spectra and messages. Stands alone: needs torch and torch_geometric only."""
+
+from gkd.graphs.attention import AttentionEdges
+from gkd.graphs.builder import GraphBuilder, prune
+from gkd.graphs.dense import from_dense, to_dense, to_padded
+from gkd.graphs.edges import CompleteEdges, KNNEdges, RadiusEdges
+from gkd.graphs.encodings import AddEncoding, HeatKernelEncoding, LaplacianEncoding, RandomWalkEncoding
+from gkd.graphs.fixed_edges import GridEdges, RandomEdges
+from gkd.graphs.heat import heat_kernel, heat_kernel_signature, heat_trace
+from gkd.graphs.laplacian import laplacian
+from gkd.graphs.message import RelationalConv
+from gkd.graphs.nodes import ChannelNodes, InstanceNodes, Nodes, PatchNodes, RegionNodes
+from gkd.graphs.spectral import Spectrum, eigenmaps
+from gkd.graphs.stages import StageGraph
+from gkd.graphs.topology import Edges
+
+__all__ = [
+    "AddEncoding",
+    "AttentionEdges",
+    "ChannelNodes",
+    "CompleteEdges",
+    "Edges",
+    "GraphBuilder",
+    "GridEdges",
+    "HeatKernelEncoding",
+    "InstanceNodes",
+    "KNNEdges",
+    "LaplacianEncoding",
+    "Nodes",
+    "PatchNodes",
+    "RadiusEdges",
+    "RandomEdges",
+    "RandomWalkEncoding",
+    "RegionNodes",
+    "RelationalConv",
+    "Spectrum",
+    "StageGraph",
+    "eigenmaps",
+    "from_dense",
+    "heat_kernel",
+    "heat_kernel_signature",
+    "heat_trace",
+    "laplacian",
+    "prune",
+    "to_dense",
+    "to_padded",
+]

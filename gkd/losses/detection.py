@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkd.losses.inputs import check_maps, check_same_shape, in_full_precision
+from gkd.losses.precision import at_least_float32
+
+__all__ = ["CWDLoss", "MGDLoss", "PKDLoss", "cwd_loss", "pkd_loss"]
+
+
+@in_full_precision
+def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Compares, channel by channel, where in the image a channel responds: the divergence of softmaxes over the pixels.
+
+    .. math:: \frac{T^2}{B C} \sum_{bc} \mathrm{KL}\big(\sigma(F^t_{bc} / T) \,\|\, \sigma(F^s_{bc} / T)\big)
+
+    A constant added to a channel changes nothing.
+
+    Args:
+        student: Feature map.
+        teacher: Feature map; gets no gradient.
+        temperature: Softens both distributions.
+
+    Shapes:
+        - **student**, **teacher** [B, C, h, w]; **output** scalar
+
+    References:
+        Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021.
+    """
+    check_maps(student, teacher)
+    check_same_shape(student, teacher)
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0 (got {temperature})")
+    own, goal = ((x.flatten(2) / temperature).log_softmax(2) for x in (student, teacher.detach()))
+    return F.kl_div(own, goal, reduction="sum", log_target=True) * temperature**2 / own.shape[:2].numel()
+
+
+@in_full_precision
+def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+    r"""Asks for correlated, rather than equal, channels: half the mean squared difference of standardised maps.
+
+    .. math:: \frac{1}{2 B C h w} \sum
+              \left( \frac{F^s - \mu^s_c}{\sigma^s_c + \epsilon} - \frac{F^t - \mu^t_c}{\sigma^t_c + \epsilon} \right)^2
+              \approx 1 - \overline{\rho_c}
+
+    Mean and (unbiased) deviation of a channel are taken over batch and pixels. Invariant to a positive scale and a shift of every channel.
+
+    Args:
+        student: Feature map; resized to the teacher's size where that differs.
+        teacher: Feature map; gets no gradient.
+        eps: Added to the deviations.
+
+    Shapes:
+        - **student** [B, C, h, w], **teacher** [B, C, h', w'] of at least two values a channel; **output** scalar
+
+    References:
+        Cao, Zhang, Gao, Cheng, Cheng, Cheng: PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+        Coefficient, NeurIPS 2022.
+    """
+    check_maps(student, teacher)
+    if student.shape[2:] != teacher.shape[2:]:
+        student = F.interpolate(student, teacher.shape[2:], mode="bilinear")
+    check_same_shape(student, teacher)
+    if teacher.numel() == teacher.shape[1]:
+        raise ValueError(f"Expected at least two values in a channel (got {tuple(teacher.shape)})")
+
+    def standardize(x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, (0, 2, 3), keepdim=True)
+        varies = variance > 0  # the square root has no gradient at 0
+        return (x - mean) / (torch.where(varies, variance, 1).sqrt() * varies + eps)
+
+    return F.mse_loss(standardize(student), standardize(teacher.detach())) / 2
+
+
+class CWDLoss(nn.Module):
+    """Channel-wise distillation, see :func:`cwd_loss`. Published on FPN levels with weight 10."""
+
+    level = "stage"
+    matched_channels = True
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor] | None = None, image_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Returns the loss of one stage; boxes are not used."""
+        return cwd_loss(student, teacher, self.temperature)
+
+
+class PKDLoss(nn.Module):
+    """Pearson correlation distillation, see :func:`pkd_loss`. Published on FPN levels with weight 6."""
+
+    level = "stage"
+    matched_channels = True
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor] | None = None, image_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Returns the loss of one stage; boxes are not used."""
+        return pkd_loss(student, teacher)
+
+
+class MGDLoss(nn.Module):
+    r"""Masked generation: the teacher's map has to be generated from a student's map with random pixels left out.
+
+    .. math:: \frac1B \| G(m \odot F^s) - F^t \|^2
+
+    G are two 3x3 convolutions; a 1x1 convolution goes before where the channels differ. The minimum depends on what G can generate.
+    Published on FPN levels with weight 2e-5 and mask 0.65 (one-stage detectors), or 5e-7 and 0.45 (two-stage ones).
+
+    Args:
+        mask_ratio: Share of the pixels (or channels) that are left out.
+        mask_channels: Whether whole channels are left out instead of pixels, as published for classifiers.
+
+    References:
+        Yang, Li, Shao, Shi, Yuan, Yuan: Masked Generative Distillation, ECCV 2022.
+    """
+
+    level = "stage"
+
+    def __init__(self, mask_ratio: float = 0.65, mask_channels: bool = False) -> None:
+        super().__init__()
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"Expected a mask_ratio in [0, 1) (got {mask_ratio})")
+        self.mask_ratio, self.mask_channels = mask_ratio, mask_channels
+        self.align: nn.Module = nn.Identity()
+        self.generation: nn.Module | None = None
+
+    def build(self, student_shape: torch.Size, teacher_shape: torch.Size) -> None:
+        """Creates the generator for maps of these shapes [B, C, h, w]."""
+        c, d = student_shape[1], teacher_shape[1]
+        self.align = nn.Identity() if c == d else nn.Conv2d(c, d, 1)
+        self.generation = nn.Sequential(nn.Conv2d(d, d, 3, padding=1), nn.ReLU(), nn.Conv2d(d, d, 3, padding=1))
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, boxes: Sequence[Tensor] | None = None, image_size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Returns the loss of one stage; boxes are not used."""
+        if self.generation is None:
+            raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of MGDLoss")
+        check_maps(student, teacher)
+        aligned = self.align(student)
+        check_same_shape(aligned, teacher)
+        shape = (*aligned.shape[:2], 1, 1) if self.mask_channels else (len(aligned), 1, *aligned.shape[2:])
+        kept = torch.rand(shape, device=aligned.device) >= self.mask_ratio
+        generated = self.generation(aligned * kept)
+        return (at_least_float32(generated) - at_least_float32(teacher.detach())).square().sum() / len(student)

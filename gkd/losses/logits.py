@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkd.losses.inputs import check_same_shape, in_full_precision
+
+__all__ = [
+    "DISTLoss",
+    "DKDLoss",
+    "KDLoss",
+    "LogitMSELoss",
+    "StandardizedLogits",
+    "dist_loss",
+    "dkd_loss",
+    "kd_loss",
+    "logit_mse_loss",
+    "standardize_logits",
+]
+
+
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    if student_logits.dim() != 2:
+        raise ValueError(f"Expected logits [B, K] (got {tuple(student_logits.shape)})")
+    check_same_shape(student_logits, teacher_logits)
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0 (got {temperature})")
+
+
+def _divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of log-probabilities, summed over classes and averaged over the batch (0 for an empty one)."""
+    return F.kl_div(student_log, teacher_log, reduction="sum", log_target=True) / max(student_log.shape[0], 1)
+
+
+@in_full_precision
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    r"""Compares softened class probabilities by their Kullback-Leibler divergence.
+
+    .. math:: \frac{T^2}{B} \sum_b \mathrm{KL}\big(\sigma(z^t_b / T) \,\|\, \sigma(z^s_b / T)\big)
+
+    A constant added to all logits of an image changes nothing.
+
+    Args:
+        student_logits: Scores before the softmax.
+        teacher_logits: Likewise; gets no gradient.
+        temperature: Softens both distributions; its square keeps the gradient's scale.
+
+    Shapes:
+        - **student_logits**, **teacher_logits** [B, K]; **output** scalar
+
+    Raises:
+        ValueError: If the shapes differ or are not [B, K], or the temperature is not positive.
+
+    References:
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+
+    Examples:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0]])
+        >>> kd_loss(logits, logits + 5.0).abs().item() < 1e-6
+        True
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    student_log, teacher_log = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits.detach()))
+    return _divergence(student_log, teacher_log) * temperature**2
+
+
+@in_full_precision
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    r"""Splits the divergence of KD into the target class against the rest, and the classes of the rest among themselves.
+
+    .. math:: T^2 \left( \alpha\, \mathrm{KL}\big([p^t_y, 1 - p^t_y] \,\|\, [p^s_y, 1 - p^s_y]\big)
+              + \beta\, \mathrm{KL}\big(\hat p^t \,\|\, \hat p^s\big) \right)
+
+    averaged over the batch, where :math:`\hat p` is the softmax without the target class. Everything stays in the log domain
+    and the target's column is left out rather than pushed down by a large constant, so that a teacher who is sure causes no
+    :math:`\log 0`. A constant added to all logits of an image changes nothing.
+
+    Args:
+        student_logits: Scores before the softmax.
+        teacher_logits: Likewise; gets no gradient.
+        target: True class of every image.
+        alpha: Weight of target against rest.
+        beta: Weight of the rest among themselves.
+        temperature: Softens all distributions.
+
+    Shapes:
+        - **student_logits**, **teacher_logits** [B, K] with K at least 2, **target** [B] long; **output** scalar
+
+    Raises:
+        ValueError: If the shapes are others.
+
+    References:
+        Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022.
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    batch, classes = student_logits.shape
+    if classes < 2:
+        raise ValueError(f"Expected logits of at least 2 classes (got {tuple(student_logits.shape)})")
+    if target is None or target.shape != (batch,) or target.is_floating_point():
+        raise ValueError(f"Expected target classes [{batch}] of an integer type (got {None if target is None else tuple(target.shape)})")
+    true = target.long().unsqueeze(1)
+    rest = torch.arange(classes - 1, device=true.device).expand(batch, -1)
+    rest = rest + (rest >= true)
+
+    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits / temperature
+        others = logits.gather(1, rest)
+        binary = torch.cat([logits.gather(1, true), others.logsumexp(1, keepdim=True)], 1)
+        return binary.log_softmax(1), others.log_softmax(1)
+
+    student_binary, student_rest = split(student_logits)
+    teacher_binary, teacher_rest = split(teacher_logits.detach())
+    loss = alpha * _divergence(student_binary, teacher_binary) + beta * _divergence(student_rest, teacher_rest)
+    return loss * temperature**2
+
+
+def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
+    """Mean over all lines along `dim` of the correlation coefficient; a constant line counts as uncorrelated."""
+    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
+    lengths = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
+    return ((x * y).sum(dim) / (lengths + eps)).mean()
+
+
+@in_full_precision
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    eps: float = 1e-8,
+) -> Tensor:
+    r"""Asks for correlated, rather than equal, probabilities: within every image and within every class.
+
+    .. math:: T^2 \left( \beta \big(1 - \tfrac1B \sum_b \rho(Y^s_{b:}, Y^t_{b:})\big)
+              + \gamma \big(1 - \tfrac1K \sum_k \rho(Y^s_{:k}, Y^t_{:k})\big) \right), \quad Y = \sigma(z / T)
+
+    with Pearson's :math:`\rho`. As published, `eps` is added to the product of the two lengths, so classes that are nearly constant
+    over the batch count less than one and the loss at student = teacher is small but not exactly 0.
+
+    Args:
+        student_logits: Scores before the softmax.
+        teacher_logits: Likewise; gets no gradient.
+        beta: Weight of the relation between classes (rows).
+        gamma: Weight of the relation between images (columns).
+        temperature: Softens both distributions.
+        eps: Added to the denominator of the correlation.
+
+    Shapes:
+        - **student_logits**, **teacher_logits** [B, K], both at least 2; **output** scalar
+
+    Raises:
+        ValueError: If the shapes are others: neither one image nor one class has a correlation.
+
+    References:
+        Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    if min(student_logits.shape) < 2:
+        raise ValueError(f"Expected at least 2 images and 2 classes (got {tuple(student_logits.shape)})")
+    student, teacher = ((z / temperature).softmax(1) for z in (student_logits, teacher_logits.detach()))
+    between_classes = 1 - _pearson(student, teacher, 1, eps)
+    between_images = 1 - _pearson(student, teacher, 0, eps)
+    return (beta * between_classes + gamma * between_images) * temperature**2
+
+
+@in_full_precision
+def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""Asks for the teacher's logits themselves: the mean squared difference.
+
+    .. math:: \frac{1}{B K} \| z^s - z^t \|^2
+
+    Shapes:
+        - **student_logits**, **teacher_logits** [B, K]; **output** scalar
+
+    References:
+        Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014.
+    """
+    _check_logits(student_logits, teacher_logits, 1.0)
+    return (student_logits - teacher_logits.detach()).square().sum() / max(student_logits.numel(), 1)
+
+
+@in_full_precision
+def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
+    r"""Gives the logits of every image mean 0 and standard deviation 1 (unbiased); constant logits become 0.
+
+    .. math:: (z - \bar z) / (\mathrm{std}(z) + \epsilon)
+
+    Shapes:
+        - **logits** [B, K] with K at least 2; **output** [B, K]
+
+    Raises:
+        ValueError: If there are fewer than two classes.
+
+    References:
+        Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024.
+    """
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(f"Expected logits [B, K] of at least 2 classes (got {tuple(logits.shape)})")
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
+
+
+class KDLoss(nn.Module):
+    """Classical distillation, see :func:`kd_loss`. Published with 0.1 x cross-entropy and weight 0.9."""
+
+    level = "logits"
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the loss; target is not used."""
+        return kd_loss(student_logits, teacher_logits, self.temperature)
+
+    def extra_repr(self) -> str:
+        """Names the temperature."""
+        return f"temperature={self.temperature}"
+
+
+class DKDLoss(nn.Module):
+    """Decoupled distillation, see :func:`dkd_loss`. Published with weight 1 and 20 epochs of ramp."""
+
+    level = "logits"
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the loss; target must be given."""
+        if target is None:
+            raise ValueError("Expected target classes [B] (got None): DKD needs the true class of every image")
+        return dkd_loss(student_logits, teacher_logits, target, self.alpha, self.beta, self.temperature)
+
+    def extra_repr(self) -> str:
+        """Names the weights and the temperature."""
+        return f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}"
+
+
+class DISTLoss(nn.Module):
+    """Correlation of probabilities, see :func:`dist_loss`. Published on CIFAR-100 with temperature 4 and weight 2."""
+
+    level = "logits"
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the loss; target is not used."""
+        return dist_loss(student_logits, teacher_logits, self.beta, self.gamma, self.temperature)
+
+    def extra_repr(self) -> str:
+        """Names the weights and the temperature."""
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
+
+
+class LogitMSELoss(nn.Module):
+    """Regression of logits, see :func:`logit_mse_loss`; also the vertices of IRG."""
+
+    level = "logits"
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the loss; target is not used."""
+        return logit_mse_loss(student_logits, teacher_logits)
+
+
+class StandardizedLogits(nn.Module):
+    """Standardises both networks' logits before another logit loss, see :func:`standardize_logits`.
+
+    Args:
+        loss: The logit loss that compares what is left: shapes, not scales.
+
+    Raises:
+        TypeError: If loss does not compare logits.
+
+    Examples:
+        >>> loss = StandardizedLogits(KDLoss(temperature=2.0))
+        >>> logits = torch.tensor([[3.0, 1.0, 0.0]])
+        >>> loss(logits, 10 * logits).item() < 1e-6
+        True
+    """
+
+    level = "logits"
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        if getattr(loss, "level", None) != "logits":
+            raise TypeError(f"Expected a loss of level 'logits' (got {type(loss).__name__})")
+        self.loss = loss
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the inner loss of the standardised logits."""
+        return self.loss(standardize_logits(student_logits), standardize_logits(teacher_logits.detach()), target)

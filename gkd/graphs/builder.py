@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
+from gkd.graphs.encodings import add_node_attribute
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.topology import Edges, check_edge_index, static_tensors
 
@@ -70,9 +71,7 @@ class GraphBuilder(nn.Module):
                 graph = prune(graph)
         else:
             graph = build_on(nodes, self.edges, edge_index)
-        if self.encoding is not None:
-            add_attribute(graph, "pe", self.encoding(graph))
-        return graph
+        return encode(graph, self.encoding)
 
 
 def build_batch(nodes: Nodes, edges: Edges, **attributes: Tensor) -> Batch:
@@ -111,10 +110,11 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
         edge_index = topology
     else:
         edge_index, slices = topology.edge_index, getattr(topology, "_slice_dict", {}).get("edge_index")
-        if topology.num_nodes != num_nodes or (slices is not None and slices.numel() != num_graphs + 1):
+        size = num_nodes if topology.x is None else topology.x.shape[0]
+        if size != num_nodes or (slices is not None and slices.numel() != num_graphs + 1):
             raise ValueError(
-                f"Expected the topology of {num_graphs} graphs with {num_nodes} nodes in all (got {topology}): "
-                "to share edges, node i of one network has to mean node i of the other"
+                f"Expected the topology of {num_graphs} graphs with {num_nodes} nodes in all "
+                f"(got {num_graphs if slices is None else slices.numel() - 1} graphs with {size} nodes)"
             )
     check_edge_index(edge_index, num_nodes, num_nodes)
     edges = weigh(nodes, edge_index if layout.place is None else layout.place[edge_index])
@@ -156,19 +156,19 @@ def prune(graph: Data) -> Data:
     return pruned
 
 
-def add_attribute(graph: Batch, name: str, value: Tensor) -> None:
-    """Gives the nodes of a batch another attribute, with the slices that ``Batch.from_data_list`` would record.
+def encode(graph: Batch, encoding: nn.Module | None) -> Batch:
+    """Gives the nodes what the encoding returns as ``pe``.
 
     Args:
         graph: The batch, which is changed.
-        name: Name of the attribute.
-        value: One row a node.
+        encoding: Called with the batch; None does nothing.
     """
-    if value.dim() == 0 or value.shape[0] != graph.x.shape[0]:
-        raise ValueError(f"Expected {name} with one row for each of {graph.x.shape[0]} nodes (got {list(value.shape)})")
-    graph[name] = value
-    graph._slice_dict[name] = graph._slice_dict["x"]
-    graph._inc_dict[name] = graph._inc_dict["x"]
+    if encoding is None:
+        return graph
+    pe = encoding(graph)
+    if pe.dim() == 0 or pe.shape[0] != graph.x.shape[0]:
+        raise ValueError(f"Expected an encoding with one row for each of {graph.x.shape[0]} nodes (got {list(pe.shape)})")
+    return add_node_attribute(graph, "pe", pe)
 
 
 class _Layout(NamedTuple):

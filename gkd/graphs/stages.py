@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.attention import AttentionEdges
-from gkd.graphs.builder import GraphBuilder, add_attribute, build_batch, build_on, prune
+from gkd.graphs.builder import GraphBuilder, build_batch, build_on, encode, prune
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.topology import Edges
 
@@ -111,9 +111,7 @@ class StageGraph(nn.Module):
             graph = prune(graph) if self.prune and nodes.mask is None else graph
         else:
             graph = build_on(nodes, lambda _, index: self._given_edges(parts, projected, index), edge_index, **attributes)
-        if self.encoding is not None:
-            add_attribute(graph, "pe", self.encoding(graph))
-        return graph
+        return encode(graph, self.encoding)
 
     @property
     def _builders(self) -> list[GraphBuilder]:

@@ -266,6 +266,8 @@ class DsigLoss(nn.Module):
         check_maps(student, teacher)
         if boxes is None or image_size is None or len(boxes) != len(student):
             raise ValueError(f"Expected boxes of {len(student)} images and an image_size (got {_count(boxes)} and {image_size})")
+        if not any(len(box) for box in boxes):
+            return 0 * at_least_float32(student).sum()
         with full_precision(student):
             own = self.nodes(student, boxes, image_size)
             with torch.no_grad():

@@ -106,8 +106,8 @@ def _build_torchvision(name: str, num_classes: int, weights: Weights, options: d
     known = models.list_models(module=models)
     if name not in known:
         raise ValueError(
-            f"Expected the name of a classifier, such as {near(name, [*CIFAR_MODELS, *known])}; 'timm:NAME'; or "
-            f"'package.module:factory' (got {name!r})"
+            f"Expected the name of a classifier, such as {near(name, [*CIFAR_MODELS, *known])}; or one with its origin, as in "
+            f"'torchvision:NAME', 'timm:NAME', 'package.module:factory' (got {name!r})"
         )
     published = models.get_model_weights(name)
     # A member by its name, also with the enum's: IMAGENET1K_V1, ResNet34_Weights.IMAGENET1K_V1.
@@ -140,11 +140,16 @@ def _build_timm(name: str, num_classes: int, weights: Weights, options: dict[str
         import timm
     except ImportError as error:
         raise ValueError(f"Expected timm to be installed for 'timm:{name}' (got: {error}); pip install timm") from error
-    if not timm.is_model(name):
-        raise ValueError(f"Expected the name of a model of timm, such as {near(name, timm.list_models())} (got {name!r})")
+    try:
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        known = timm.is_model(name)
+    except RuntimeError:  # the model is known, the tag behind its dot is not
+        known = False
+    if not known:
+        names = timm.list_pretrained() if "." in name else timm.list_models()
+        raise ValueError(f"Expected the name of a model of timm, such as {near(name, names)} (got {name!r})")
     if weights != "DEFAULT":
         return _build(f"timm:{name}", timm.create_model, model_name=name, num_classes=num_classes, **options), weights
-    config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise ValueError(f"Expected a model of timm with published weights, such as {near(name, timm.list_pretrained())} (got {name!r})")
     _check_classes(f"timm's weights of {name}", config.num_classes, num_classes)

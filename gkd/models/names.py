@@ -14,7 +14,7 @@ def near(name: str, known: Iterable[str], count: int = 5) -> str:
         'layer1, layer2'
     """
     by_lower: dict[str, list[str]] = {}
-    for candidate in known:
+    for candidate in dict.fromkeys(known):
         by_lower.setdefault(candidate.lower(), []).append(candidate)
     matches = get_close_matches(name.lower(), by_lower, n=count) or list(by_lower)[:count]
     return ", ".join(candidate for match in matches for candidate in by_lower[match])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.models.names import near
-from gkd.models.wrappers import layers, unwrap
+from gkd.models.wrappers import layers
 
 _GRID = re.compile(r"(?P<path>.+)@(?P<height>[1-9]\d*)x(?P<width>[1-9]\d*)")
 
@@ -40,6 +40,19 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     if tokens.dim() != 4 or tuple(tokens.shape[1:3]) != (height, width):
         raise ValueError(f"Expected tokens [B, N, C] with N >= {height * width}, or [B, {height}, {width}, C] (got {list(tokens.shape)})")
     return tokens.permute(0, 3, 1, 2)
+
+
+class _Calls:
+    """Counts the calls through taps that are under way.
+
+    Compiled code is guarded by globals but not by what hooks hold, so it is this count that tells it whether to record.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+
+_CALLS = _Calls()
 
 
 class _Recorder:
@@ -87,7 +100,7 @@ class _Hook:
         self.recorder = recorder
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if self.recorder.active:
+        if _CALLS.depth and self.recorder.active:
             self.recorder.record(self.path, module.training, output)
 
 
@@ -126,9 +139,13 @@ class FeatureTaps:
         self._grids: dict[str, tuple[int, int]] = {}
         self._recorder = _Recorder()
         self._shapes: dict[tuple[int, ...], dict[str, torch.Size]] = {}
-        modules = [self._find(path) for path in self.paths]
+        wrapped = list(layers(model))
+        found = [self._find(path, wrapped) for path in self.paths]
+        # Shapes are probed in what holds the paths, without what is wrapped around it (compiled code, other processes).
+        self._root = wrapped[min((layer for layer, _ in found), default=0)]
+        self._closed = False
         self._handles = [
-            module.register_forward_hook(_Hook(path, self._recorder)) for path, module in zip(self.paths, modules, strict=True)
+            module.register_forward_hook(_Hook(path, self._recorder)) for path, (_, module) in zip(self.paths, found, strict=True)
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -155,7 +172,7 @@ class FeatureTaps:
         """
         key = (batch, *input_size)
         if key not in self._shapes:
-            model = unwrap(self.model)
+            model = self._root
             parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
             modes = {module: module.training for module in model.modules()}
             devices = [parameter.device] if parameter.is_cuda else []
@@ -176,29 +193,33 @@ class FeatureTaps:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._closed = True
 
-    def _find(self, path: str) -> nn.Module:
+    def _find(self, path: str, wrapped: Sequence[nn.Module]) -> tuple[int, nn.Module]:
+        """Returns the module at a path and the number of the wrapping, from the outside, in which the path begins."""
         match = _GRID.fullmatch(path)
         name = match["path"] if match else path
         if match:
             self._grids[path] = (int(match["height"]), int(match["width"]))
         known: dict[str, nn.Module] = {}
-        for model in layers(self.model):
+        for layer, model in enumerate(wrapped):
             known = {known_name: module for known_name, module in model.named_modules(remove_duplicate=False) if known_name}
             if name in known:
-                return known[name]
-        raise ValueError(f"Expected the path of a module of {type(model).__name__}, such as {near(name, known)} (got {path!r})")
+                return layer, known[name]
+        raise ValueError(f"Expected the path of a module of {type(wrapped[-1]).__name__}, such as {near(name, known)} (got {path!r})")
 
-    def _call(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        if self.paths and not self._handles:
+    def _call(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        if self._closed:
             raise RuntimeError("Expected taps on the model (got taps that are closed)")
         recorder = self._recorder
         recorder.active = True
+        _CALLS.depth += 1
         try:
             output = model(*args, **kwargs)
             recorder.learn()
             maps = recorder.maps
         finally:
+            _CALLS.depth -= 1
             recorder.clear()
         missed = [path for path in self.paths if path not in maps]
         if missed:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import os
-import pickle
 from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +38,11 @@ def load_weights(model: nn.Module, weights: str | os.PathLike[str] | Mapping[str
     own = target.state_dict()
     state = _strip(state, own)
     # Checkpoints older than this counter lack it; it only matters to norms without momentum.
-    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}
-    if counters:
-        state = {**state, **counters}
+    norms = [name.removesuffix("running_var") for name in state if name.endswith("running_var")]
+    counters = [f"{norm}num_batches_tracked" for norm in norms]
+    lacking = {name: own[name] for name in counters if name in own and name not in state}
+    if lacking:
+        state = {**state, **lacking}
     _check(own, state, f"Expected the weights of {type(target).__name__} (got, from {source}, ")
     target.load_state_dict(state)
 
@@ -69,11 +69,13 @@ def read_weights(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         # The CRD zoo keeps its command line options, an argparse.Namespace of plain values, beside the weights.
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what is no checkpoint fails in any way
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"Expected tensors and plain values only, as torch.save(model.state_dict(), ...) writes, in {path} "
-            f"(got: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); if you trust the "
-            "file, read it with torch.load(..., weights_only=False) and save its state_dict alone"
+            f"Expected tensors and plain values only, as torch.save(model.state_dict(), ...) writes, in {path} (got: {reason}); "
+            "if you trust the file, read it with torch.load(..., weights_only=False) and save its state_dict alone"
         ) from error
     return _find_state(content, str(path))
 
@@ -101,16 +103,13 @@ def _find_state(content: object, source: str) -> Mapping[str, Any]:
     return state
 
 
-def _strip(state: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
-    """Drops what wrappers put before every name, unless the model's own names begin so."""
-    own = tuple(names)
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in state) and not all(name.startswith(prefix) for name in own):
-                state = OrderedDict((name.removeprefix(prefix), value) for name, value in state.items())
-                stripped = True
+def _strip(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Drops what wrappers put before every name, as long as no name is the model's."""
+    while state.keys().isdisjoint(own):
+        prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 

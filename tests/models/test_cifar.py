@@ -105,7 +105,8 @@ def test_logits_are_the_originals(name):
     ],
 )
 def test_stages_and_embedding(name, shapes):
-    model = CIFAR_MODELS[name]()
+    with torch.device("meta"):
+        model = CIFAR_MODELS[name]()
     features = FeatureTaps(model, [*model.stages, "avgpool"]).shapes((3, 32, 32))
     *maps, embedding = features.values()
     assert [tuple(shape[1:]) for shape in maps] == shapes
@@ -143,19 +144,25 @@ def test_stages_of_vgg_before_activation():
     torch.testing.assert_close(features["block3"].relu(), features["relu3"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", CIFAR_MODELS)
+def test_other_sizes(name):
+    with torch.device("meta"):
+        model = CIFAR_MODELS[name](num_classes=10)
+        for size in (8, 28, 64):
+            assert model(torch.zeros(2, 3, size, size)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
-def test_other_sizes_and_gradients(name):
+def test_every_parameter_gets_a_gradient(name):
     model = CIFAR_MODELS[name](num_classes=10)
-    for size in (48, 8):
-        logits = model(torch.randn(2, 3, size, size))
-        assert logits.shape == (2, 10)
-    logits.square().sum().backward()
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     lacking = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.isfinite().all()]
     assert not lacking
 
 
 def test_vgg_pools_once_more_from_64_pixels_on():
-    taps = FeatureTaps(vgg8(), ["relu4"])
+    with torch.device("meta"):
+        taps = FeatureTaps(vgg8(), ["relu4"])
     assert taps.shapes((3, 64, 64))["relu4"][2:] == (4, 4)
     assert taps.shapes((3, 32, 32))["relu4"][2:] == (4, 4)
 

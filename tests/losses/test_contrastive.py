@@ -80,7 +80,7 @@ def test_crd_module_agrees_with_a_slow_version():
         positive = np.exp((anchor * memory[index]).sum(1) / 0.07)
         negative = np.exp(anchor @ memory[negatives].T / 0.07)
         mean = [row[keep].tolist() for row, keep in zip(negative, counts.numpy(), strict=True)]
-        norm = 30 * (positive.mean() + 10 * np.mean(sum(mean, []))) / 11
+        norm = 30 * (positive.mean() + 10 * np.mean(np.concatenate(mean))) / 11
         noise = 10 / 30
         expected += -np.log(positive / norm / (positive / norm + noise)).mean()
         expected += 10 * np.mean([-math.log(noise / (n / norm + noise)) for row in mean for n in row])

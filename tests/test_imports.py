@@ -21,7 +21,7 @@ LAYERS = {
     "models": set(),
     "data": set(),
     "distill": {"losses", "models", "errors"},
-    "engine": {"distill", "data", "errors"},
+    "engine": {"distill", "data", "models", "errors"},  # builds the networks of a task
     "detection": {"graphs", "losses", "models", "data", "distill", "engine", "errors"},
     "viz": {"graphs", "engine", "errors"},
     "errors": set(),

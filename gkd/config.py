@@ -17,7 +17,7 @@ from gin import config_parser
 
 from gkd.errors import UserError
 
-MODULES = ("gkd.models", "gkd.distill", "gkd.data", "gkd.engine")
+MODULES = ("gkd.graphs", "gkd.losses", "gkd.models", "gkd.distill", "gkd.data", "gkd.engine")
 ROOT = Path(__file__).resolve().parents[1]  # include paths are written from the repository root
 MACRO = "gin.macro"
 
@@ -242,7 +242,8 @@ def register(module: str) -> None:
             continue
         if name in _registered:
             raise ValueError(f"Expected one object named {name} in all packages (got {_registered[name]!r} and {listed!r})")
-        gin.external_configurable(listed, name=name, module=module)
+        with gin.unlock_config():
+            gin.external_configurable(listed, name=name, module=module)
         _registered[name] = listed
 
 

@@ -224,7 +224,7 @@ class DsigLoss(nn.Module):
     """Structured instance graphs, see :func:`instance_graph_loss`, of the regions that :class:`gkd.graphs.RegionNodes` cuts out.
 
     After the paper, for regions of one map: which boxes take part is up to the caller (true boxes, or proposals), background regions are
-    not mined, and the mean over the images takes the place of the sum over those of one GPU.
+    not mined, and the mean over the images takes the place of the sum over the (two) images of one GPU.
 
     Args:
         roi_align: Reads the boxes from a map; :func:`torchvision.ops.roi_align` if None.

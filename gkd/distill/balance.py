@@ -6,28 +6,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-# Gradients are measured on losses scaled by this, and the measured norm is divided by it: a mean over a batch leaves gradients that float16 would flush to 0.
+# Gradients are measured on losses scaled by this, and the measured norm is divided by it: a mean over a batch leaves gradients that
+# float16 would flush to 0.
 MEASURING_SCALE = 1024.0
 
 
 class GradientBalance(nn.Module):
     r"""Turns weights into shares of the task's gradient, so that nobody needs a table of weights for every pair of networks.
 
-    Let :math:`\ell_k` be a loss before weighting and :math:`z_k` the *anchor* where it pulls at the student: the tapped maps that it looks at
-    (before any adapter), or the logits. With :math:`a_k = \lVert \partial \ell_{task} / \partial z_k \rVert_2` and
+    Let :math:`\ell_k` be a loss before weighting and :math:`z_k` the *anchor* where it pulls at the student: the tapped maps that it
+    looks at (before any adapter), or the logits. With :math:`a_k = \lVert \partial \ell_{task} / \partial z_k \rVert_2` and
     :math:`b_k = \lVert \partial \ell_k / \partial z_k \rVert_2`, taken over the whole batch and all maps of the anchor, the factor is
 
     .. math:: f_k = \bar a_k / \bar b_k,
 
     where the bars are running means of what is measured every ``interval`` steps. A weight :math:`s_k` then gives the loss
-    :math:`s_k f_k \ell_k`, whose gradient at :math:`z_k` has, in the running mean, :math:`s_k` times the norm of the task's. The task enters
-    by its plain loss: its own weight stays an ordinary number.
+    :math:`s_k f_k \ell_k`, whose gradient at :math:`z_k` has, in the running mean, :math:`s_k` times the norm of the task's. The task
+    enters by its plain loss: its own weight stays an ordinary number.
 
-    With a compiled student the steps that measure run uncompiled. A loss that has not been measured keeps the factor 1; one without gradient at its anchor gets the factor 0. A measurement that is not
-    finite is skipped. A loss that becomes active between two measurements is measured at once.
+    With a compiled student the steps that measure run uncompiled. A loss that has not been measured keeps the factor 1; one without
+    gradient at its anchor gets the factor 0. A measurement that is not finite is skipped. A loss that becomes active between two
+    measurements is measured at once.
 
-    The running means are buffers, and the number of steps is a part of ``state_dict()``: a resumed training goes on as if it had not been stopped.
-    In a distributed training the measured norms are averaged, so that all ranks weigh alike.
+    The running means are buffers, and the number of steps is a part of ``state_dict()``: a resumed training goes on as if it had not
+    been stopped. In a distributed training the measured norms are averaged, so that all ranks weigh alike.
 
     Args:
         interval: Steps from one measurement to the next. A measurement costs about one backward pass of the student.
@@ -35,6 +37,7 @@ class GradientBalance(nn.Module):
 
     Raises:
         ValueError: If ``interval`` is below 1 or ``momentum`` outside [0, 1).
+
     References:
         Chen, Badrinarayanan, Lee, Rabinovich: GradNorm, ICML 2018, balances gradients too, but learns the weights by a loss of their own.
     """
@@ -142,8 +145,8 @@ def _gradients(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor |
 def _upstream(anchor: Tensor) -> list[GradientEdge]:
     """Returns where gradients that arrive at the anchor flow on to: through it and, as long as there is one way only, before it.
 
-    What a tap returns may be a copy or a view of the map, beside the way from the map to the task; the task's gradient is found one step before.
-    """
+    What a tap returns may be a copy or a view of the map, beside the way from the map to the task; the task's gradient is found one step
+    before."""
     edge = get_gradient_edge(anchor)
     chain = [edge]
     while True:

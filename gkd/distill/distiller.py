@@ -20,9 +20,10 @@ from gkd.models import ChannelAdapter, FeatureTaps, Teacher
 class Distiller(nn.Module):
     """Turns a batch into the named, weighted losses that train a student under a teacher.
 
-    The student is an ordinary child module that never learns of the distillation: its inner maps are read by :class:`~gkd.models.FeatureTaps`.
-    The teacher is no child. It follows ``.to()``, but ``train()``, ``parameters()`` and ``state_dict()`` do not know it.
-    What a term returns is named ``term``, ``term/stage`` or ``term/stage/part``, and weighed by the most specific of the keys
+    The student is an ordinary child module that never learns of the distillation: its inner maps are read by
+    :class:`~gkd.models.FeatureTaps`. The teacher is no child. It follows ``.to()``, but ``train()``, ``parameters()`` and
+    ``state_dict()`` do not know it. What a term returns is named ``term``, ``term/stage`` or ``term/stage/part``, and weighed by the
+    most specific of the keys
     ``term/stage/part``, ``term/part``, ``term/stage``, ``term``; without any of these by 1. What weighs 0 is not computed, and the teacher
     does not run for it.
 
@@ -33,6 +34,7 @@ class Distiller(nn.Module):
     ``matched_channels`` its student maps come from a :class:`~gkd.models.ChannelAdapter`, one for a stage, shared by the terms
     ``parts``            names of the values in the dictionary that it returns; it is called with ``parts=`` those that weigh something
     ``needs_index``      it is called with ``index=`` the positions of the images in the data set
+    ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :meth:`regions`
     ``build``            called once with the shapes of the student's and the teacher's maps, for terms that own layers;
                          at level ``'stage'`` every stage gets a copy of the term
     ==================== =====================================================================================================
@@ -64,6 +66,8 @@ class Distiller(nn.Module):
     student_logits: Tensor | None
     teacher_logits: Tensor | None
     _weights: Tensor
+    _student_taps: FeatureTaps
+    _teacher_taps: FeatureTaps | None
 
     def __init__(
         self,
@@ -129,21 +133,27 @@ class Distiller(nn.Module):
 
     @torch.compiler.disable
     def _measured_losses(self, images: Any, targets: Any, index: Tensor | None) -> dict[str, Tensor]:
-        # Inside compiled code there is no gradient to look at. The import behind set_stance takes seconds: only where something may be compiled.
+        # Inside compiled code there is no gradient to look at. The import behind set_stance takes seconds: only where something may be
+        # compiled.
         with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
             return self._losses(images, targets, index, measure=True)
 
     def _losses(self, images: Any, targets: Any, index: Tensor | None, measure: bool = False) -> dict[str, Tensor]:
         calls = [call for call in self._calls if not self._active.isdisjoint(call.losses.values())]
         tapped = any(call.stages for call in calls)
-        output, student = self._run_student(images, tapped)
+        output, student = self._run_student(self.student_inputs(images, targets), tapped)
         losses: dict[str, Tensor] = {}
         anchors: dict[str, list[Tensor]] = {}
         if calls:
-            teacher_output, teacher = self._run_teacher(images, tapped)
+            teacher_output, teacher = self._run_teacher(self.teacher_inputs(images, targets), tapped)
+            options: dict[str, Any] = {}
+            if any(call.indexed for call in calls):
+                options["index"] = _expect_index(index)
+            if any(call.located for call in calls):
+                options["boxes"], options["image_size"] = self.regions(images, targets)
             adapted = {stage: self.adapters[module_key(stage)](student[stage]) for stage in student if self._adapts(calls, stage)}
             for call in calls:
-                found = self._evaluate(call, (output, teacher_output, targets), adapted if call.adapted else student, teacher, index)
+                found = self._evaluate(call, (output, teacher_output, targets), adapted if call.adapted else student, teacher, options)
                 losses.update(found)
                 anchors.update(dict.fromkeys(found, [student[stage] for stage in call.stages] or [output]))
         tasks = self._task_losses(output, targets, losses)
@@ -151,25 +161,41 @@ class Distiller(nn.Module):
             self.balance.measure(torch.stack(list(tasks.values())).sum(), losses, anchors)
         return self._weigh(tasks, losses)
 
-    def _run_student(self, images: Any, tapped: bool) -> tuple[Any, dict[str, Tensor]]:
+    def student_inputs(self, images: Any, targets: Any) -> tuple[Any, ...]:
+        """What the student is called with; for networks that take their targets too, override it."""
+        return (images,)
+
+    def teacher_inputs(self, images: Any, targets: Any) -> tuple[Any, ...]:
+        """What the teacher is called with."""
+        return (images,)
+
+    def regions(self, images: Any, targets: Any) -> tuple[list[Tensor], tuple[int, int]]:
+        """Finds the boxes of every image, in pixels, and the size of the images, for terms that look at regions."""
+        if not isinstance(images, Tensor) or not all(isinstance(target, Mapping) and "boxes" in target for target in targets):
+            raise ValueError(f"Expected images and targets with 'boxes' (got {type(images).__name__} and {type(targets).__name__})")
+        return [target["boxes"] for target in targets], (images.shape[-2], images.shape[-1])
+
+    def _run_student(self, inputs: tuple[Any, ...], tapped: bool) -> tuple[Any, dict[str, Tensor]]:
         features = {}
         if tapped:
-            output, found = self._student_taps(images)
+            output, found = self._student_taps(*inputs)
             features = {stage: found[path] for stage, (path, _) in self._paths.items()}
         else:
-            output = self.student(images)
+            output = self.student(*inputs)
         self.student_logits = output.detach() if isinstance(output, Tensor) else None
         return output, features
 
-    def _run_teacher(self, images: Any, tapped: bool) -> tuple[Any, dict[str, Tensor]]:
+    def _run_teacher(self, inputs: tuple[Any, ...], tapped: bool) -> tuple[Any, dict[str, Tensor]]:
         """Runs the teacher: the one place that detaches it."""
+        assert self.teacher is not None
+        assert self._teacher_taps is not None
         features = {}
         with torch.no_grad():
             if tapped:
-                output, found = self._teacher_taps(images)
+                output, found = self._teacher_taps(*inputs)
                 features = {stage: found[path].detach() for stage, (_, path) in self._paths.items()}
             else:
-                output = self.teacher(images)
+                output = self.teacher(*inputs)
         if isinstance(output, Tensor):
             self.teacher_logits = output = output.detach()
         return output, features
@@ -181,13 +207,15 @@ class Distiller(nn.Module):
         return {"task": task} if isinstance(task, Tensor) else {f"task/{name}": loss for name, loss in task.items()}
 
     def _evaluate(
-        self, call: Call, outputs: tuple[Any, Any, Any], student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], index: Tensor | None
+        self,
+        call: Call,
+        outputs: tuple[Any, Any, Any],
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        context: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        options: dict[str, Any] = {}
-        if call.indexed:
-            if index is None:
-                raise ValueError(f"Expected 'index', the positions of the images in the data set, for the term '{call.term}' (got None)")
-            options["index"] = index
+        keys = ["index"] * call.indexed + ["boxes", "image_size"] * call.located
+        options = {key: context[key] for key in keys}
         if None not in call.losses:
             options["parts"] = [part for part, name in call.losses.items() if name in self._active]
         term = self.terms[call.key]
@@ -207,11 +235,9 @@ class Distiller(nn.Module):
             weighted[name] = weights[name] * factors[name] * loss if name in factors else weights[name] * loss
         if len(self._active) < len(self.weights):
             # Layers of what is switched off for now get the gradient 0 rather than none: DistributedDataParallel waits for every parameter.
-            idle = [
-                parameter.sum() for module in (self.adapters, self.terms) for parameter in module.parameters() if parameter.requires_grad
-            ]
+            own = [*self.adapters.parameters(), *self.terms.parameters()]
             first = next(iter(weighted))
-            weighted[first] = weighted[first] + 0 * sum(idle)
+            weighted[first] = weighted[first] + 0 * sum(parameter.sum() for parameter in own if parameter.requires_grad)
         return weighted
 
     def _adapts(self, calls: Sequence[Call], stage: str) -> bool:
@@ -220,30 +246,26 @@ class Distiller(nn.Module):
     def _build(self, terms: Mapping[str, nn.Module], input_size: tuple[int, ...]) -> None:
         """Makes the layers that the losses need, before an optimiser can miss them."""
         adapted = [stage for stage in self._paths if self._adapts(self._calls, stage)]
-        student_shapes: dict[str, torch.Size] = {}
-        teacher_shapes: dict[str, torch.Size] = {}
-        if adapted or any(call.builds for call in self._calls):
-            student, teacher = self._student_taps.shapes(input_size), self._teacher_taps.shapes(input_size)
-            student_shapes = {stage: student[path] for stage, (path, _) in self._paths.items()}
-            teacher_shapes = {stage: teacher[path] for stage, (_, path) in self._paths.items()}
-        matched_shapes = dict(student_shapes)
+        own: dict[str, torch.Size] = {}
+        other: dict[str, torch.Size] = {}
+        if self._teacher_taps is not None and (adapted or any(call.builds for call in self._calls)):
+            of_student, of_teacher = self._student_taps.shapes(input_size), self._teacher_taps.shapes(input_size)
+            own = {stage: of_student[path] for stage, (path, _) in self._paths.items()}
+            other = {stage: of_teacher[path] for stage, (_, path) in self._paths.items()}
         for stage in adapted:
-            mine, other = student_shapes[stage], teacher_shapes[stage]
-            if len(mine) != len(other):
-                raise UserError(f"Expected two maps or two vectors to match at the stage '{stage}' (got {list(mine)} and {list(other)})")
-            self.adapters[module_key(stage)] = ChannelAdapter(mine[1], other[1], size=tuple(other[2:]) if mine[2:] != other[2:] else None)
-            matched_shapes[stage] = other
+            self.adapters[module_key(stage)] = _adapter(stage, own[stage], other[stage])
+        matched = {stage: other[stage] if stage in adapted else shape for stage, shape in own.items()}
         for call in self._calls:
             if call.key in self.terms:
                 continue
-            term = terms[call.term]
+            term: Any = terms[call.term]
             if call.builds:
-                shapes = matched_shapes if call.adapted else student_shapes
+                shapes = matched if call.adapted else own
                 if call.level == "stage":
                     term = copy.deepcopy(term)
-                    term.build(shapes[call.stages[0]], teacher_shapes[call.stages[0]])
+                    term.build(shapes[call.stages[0]], other[call.stages[0]])
                 else:
-                    term.build({stage: shapes[stage] for stage in call.stages}, {stage: teacher_shapes[stage] for stage in call.stages})
+                    term.build({stage: shapes[stage] for stage in call.stages}, {stage: other[stage] for stage in call.stages})
             self.terms[call.key] = term
 
     def _fill_weights(self) -> None:
@@ -257,6 +279,20 @@ class Distiller(nn.Module):
         self._weights = self._weights.float()  # model.half() is not meant for them
         self._fill_weights()
         return self
+
+
+def _adapter(stage: str, student: torch.Size, teacher: torch.Size) -> ChannelAdapter:
+    if len(student) != len(teacher):
+        raise UserError(f"Expected two maps or two vectors to match at the stage '{stage}' (got {list(student)} and {list(teacher)})")
+    if student[2:] == teacher[2:]:
+        return ChannelAdapter(student[1], teacher[1])
+    return ChannelAdapter(student[1], teacher[1], size=(teacher[2], teacher[3]))
+
+
+def _expect_index(index: Tensor | None) -> Tensor:
+    if index is None:
+        raise ValueError("Expected 'index', the positions of the images in the data set, for a term that keeps a memory of them (got None)")
+    return index
 
 
 def _unique(paths: Iterable[str]) -> list[str]:

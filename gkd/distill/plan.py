@@ -22,6 +22,7 @@ class Call:
     """Full name of every value that comes back, by its part; the part is None where the term returns a single value."""
     adapted: bool
     indexed: bool
+    located: bool
     builds: bool
 
     @property
@@ -73,8 +74,8 @@ def plan_calls(terms: Mapping[str, nn.Module], known: Sequence[str], stages: Map
         groups = [(stage,) for stage in looked_at] if level == "stage" else [tuple(looked_at)]
         for group in groups:
             losses = {part: str(loss_name(term, level, group, part)) for part in parts}
-            adapted = level != "logits" and bool(getattr(loss, "matched_channels", False))
-            calls.append(Call(term, group, level, losses, adapted, bool(getattr(loss, "needs_index", False)), hasattr(loss, "build")))
+            adapted, indexed, located = (bool(getattr(loss, name, False)) for name in ("matched_channels", "needs_index", "needs_boxes"))
+            calls.append(Call(term, group, level, losses, adapted and level != "logits", indexed, located, hasattr(loss, "build")))
     return calls
 
 
@@ -107,5 +108,5 @@ def _stages_of(term: str, level: str, known: Sequence[str], stages: Mapping[str,
 
 
 def _check_name(name: str, kind: str) -> None:
-    if not name or "/" in name or kind == "term" and name == "task" or hasattr(nn.ModuleDict, module_key(name)):
+    if not name or "/" in name or (kind == "term" and name == "task") or hasattr(nn.ModuleDict, module_key(name)):
         raise UserError(f"Expected another name for a {kind}: not empty, no '/', not one that PyTorch or the task uses (got '{name}')")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ def node_attention(x: Tensor, temperature: float, mask: Tensor | None = None) ->
     .. math:: w_i = n \, \mathrm{softmax}_i \Big( \frac{1}{d} \sum_k |x_{ik}| \,/\, T \Big)
 
     The mean over the nodes of a graph is 1, so that a weighted mean keeps its scale. Without gradient. Equivariant to permutations of the
-    nodes, invariant to permutations and signs of the features. Not invariant to scale: a network with larger features is guided more sharply.
+    nodes, invariant to permutations and signs of the features. Not invariant to scale: a network with larger features is guided more
+    sharply.
 
     Args:
         x: Node features; padded nodes are ignored, whatever they hold.
@@ -56,7 +59,7 @@ def feature_attention(x: Tensor, temperature: float, mask: Tensor | None = None)
     if mask is None:
         magnitude = magnitude.sum(dim=1) / max(x.size(1), 1)
     else:
-        total = magnitude.where(mask.unsqueeze(-1), torch.zeros_like(magnitude)).sum(dim=1)
+        total = magnitude.where(mask.unsqueeze(-1), 0.0).sum(dim=1)
         magnitude = total / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return _softmax_of_mean_one(magnitude, temperature, None)
 
@@ -105,13 +108,18 @@ def check_temperature(temperature: float | None) -> None:
         raise ValueError(f"Expected a guidance temperature above 0, or None for no guidance (got {temperature})")
 
 
+def guides(temperature: float | None) -> TypeGuard[float]:
+    """Says whether attention at this temperature weighs anything differently."""
+    return temperature is not None and temperature != float("inf")
+
+
 def _softmax_of_mean_one(magnitude: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     check_temperature(temperature)
     if mask is None:
         return magnitude.size(-1) * torch.softmax(magnitude / temperature, dim=-1)
-    lowest = torch.full_like(magnitude, torch.finfo(magnitude.dtype).min)
+    lowest = torch.finfo(magnitude.dtype).min
     share = torch.softmax((magnitude / temperature).where(mask, lowest), dim=-1)  # finite for a graph without nodes too
-    return mask.sum(dim=-1, keepdim=True) * share.where(mask, torch.zeros_like(share))
+    return mask.sum(dim=-1, keepdim=True) * share.where(mask, 0.0)
 
 
 def _expect_map(features: Tensor) -> None:

@@ -17,7 +17,7 @@ def step(balance, task, losses, anchors):
 
 
 def measured(balance, names, scale=1.0, steps=1):
-    """Steps of a toy with the anchor z of 2 numbers: the task pulls with (3, 4), norm 5; the loss of power p with p * scale along the first."""
+    """Steps of a toy: at z = (1, 1) the task pulls with (3, 4), norm 5, and the loss of power p with p * scale."""
     balance.build(names)
     for _ in range(steps):
         z = torch.tensor([1.0, 1.0], requires_grad=True)

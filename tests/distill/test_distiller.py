@@ -200,7 +200,7 @@ def test_built_terms_get_shapes_and_a_copy_for_every_stage(batch):
     assert not hasattr(term, "layer")
     distiller(*batch, index=torch.arange(4))
     assert torch.equal(distiller.terms["own/low"].index, torch.arange(4))
-    with pytest.raises(ValueError, match="Expected 'index', .* for the term 'own' .got None"):
+    with pytest.raises(ValueError, match=r"Expected 'index', .* \(got None\)"):
         distiller(*batch)
 
 

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.data import Batch, Data
+
+from gkd.graphs.dense import from_padded, to_padded
+from gkd.graphs.spectral import Spectrum
+from gkd.losses.attention import check_temperature, guides, node_attention
+from gkd.losses.matching import check_matched, mean_over_graphs
+from gkd.losses.precision import at_least_float32, full_precision
+
+__all__ = ["EdgeLoss", "adjacency_loss", "edge_loss"]
+
+DISTANCES = ("mse", "smooth_l1", "kl")
+Distance = Literal["mse", "smooth_l1", "kl"]
+SMOOTH_BETA = 0.1  # edge weights lie in [0, 1]: from here on a difference counts linearly
+
+
+def edge_loss(
+    student: Tensor,
+    teacher: Tensor,
+    edge_index: Tensor,
+    mask: Tensor,
+    batch: Tensor | None = None,
+    distance: Distance = "mse",
+    temperature: float = 0.1,
+    node_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Compares the weights that two networks give to the same edges.
+
+    .. math::
+        \text{mse}: \; \frac{1}{B} \sum_b \frac{1}{|E^t_b|} \sum_{ij} w_i w_j (a^s_{ij} - a^t_{ij})^2 \qquad
+        \text{kl}: \; \frac{1}{B} \sum_b \frac{1}{n_b} \sum_j w_j \, \mathrm{KL}\big( p^t_{\cdot j} \,\|\, p^s_{\cdot j} \big), \quad
+        p_{ij} = \mathrm{softmax}_i (a_{ij} / \tau)
+
+    'mse' and 'smooth_l1' (which differs from half of it beyond differences of :math:`\beta = 0.1`, where it is linear) are averages over
+    the edges of the teacher, those of weight 0 not being any. 'kl' reads the weights that arrive at a node as its attention, an edge of
+    weight 0 being one of the choices; a constant added to all of them changes nothing, and the average goes over the nodes that have an
+    edge. No factor
+    :math:`\tau^2` is applied. Fillers (self-loops of weight 0) have no influence. Unchanged by the order of the edges and by a
+    permutation of the nodes; the value grows neither with B nor with the number of nodes or edges.
+
+    Args:
+        student: Weights that the student gives to the edges.
+        teacher: Weights that the teacher gives to them; get no gradient.
+        edge_index: Source i and target j of the edges.
+        mask: Which nodes of the padded graphs exist.
+        batch: Graph of every node; None if all graphs have n nodes and equally many edges, one graph's after the other's.
+        distance: 'mse', 'smooth_l1' or 'kl'.
+        temperature: :math:`\tau` of 'kl', in units of the weights.
+        node_weight: w, best of mean 1; None for ones.
+
+    Shapes:
+        - **student**, **teacher** [E], **edge_index** [2, E], **mask** [B, n], **batch** and **node_weight** [N]; **output** scalar
+
+    Raises:
+        ValueError: If the weights do not match the edges or an option is unknown.
+    """
+    if student.shape != teacher.shape or student.shape != edge_index.shape[1:]:
+        raise ValueError(
+            f"Expected one weight for each of {edge_index.size(1)} edges (got student {list(student.shape)}, teacher {list(teacher.shape)})"
+        )
+    _check_options(distance, temperature)
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    source, target = edge_index
+    num_graphs = mask.size(0)
+    num_nodes = mask.numel() if batch is None else batch.numel()
+
+    def per_graph(values: Tensor, graph: Tensor | None) -> Tensor:
+        return values.view(num_graphs, -1).sum(dim=1) if graph is None else values.new_zeros(num_graphs).index_add(0, graph, values)
+
+    # A self-loop that both networks weigh is an edge, any other a filler.
+    exists = (source != target) | ((student != 0) & (teacher != 0))
+    if distance != "kl":
+        values = _difference(student, teacher, distance)
+        values = values if node_weight is None else values * (node_weight[source] * node_weight[target])
+        graph = None if batch is None else batch[target]
+        count = per_graph((exists & (teacher != 0)).to(values.dtype), graph)
+        return mean_over_graphs(per_graph(values.where(exists, 0.0), graph) / count.clamp(min=1), mask)
+
+    own, other = (_log_softmax_at(weight / temperature, target, exists, num_nodes) for weight in (student, teacher))
+    at_node = student.new_zeros(num_nodes).index_add(0, target, (other.exp() * (other - own)).where(exists, 0.0))
+    hears = student.new_zeros(num_nodes).index_add(0, target, exists.to(student.dtype)) > 0
+    at_node = at_node if node_weight is None else at_node * node_weight
+    return mean_over_graphs(per_graph(at_node, batch) / per_graph(hears.to(at_node.dtype), batch).clamp(min=1), mask)
+
+
+def adjacency_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    distance: Distance = "mse",
+    temperature: float = 0.1,
+    node_weight: Tensor | None = None,
+) -> Tensor:
+    """Compares two graphs that have edges of their own: :func:`edge_loss` over all the pairs of nodes.
+
+    A pair that is no edge weighs 0; for 'kl' it is one of the choices. Two complete graphs have the same loss here as there, and by
+    'mse' and 'smooth_l1' any two graphs over the same edges.
+
+    Args:
+        student: Adjacencies of the student's graphs.
+        teacher: Adjacencies of the teacher's graphs; get no gradient.
+        mask: Which nodes exist.
+        distance: 'mse', 'smooth_l1' or 'kl'.
+        temperature: Of 'kl', in units of the weights.
+        node_weight: Best of mean 1; None for ones.
+
+    Shapes:
+        - **student**, **teacher** [B, n, n], entry (i, j) the weight from i to j, **mask**, **node_weight** [B, n]; **output** scalar
+
+    Raises:
+        ValueError: If the shapes differ or an option is unknown.
+    """
+    if student.shape != teacher.shape or student.shape[:2] != mask.shape:
+        raise ValueError(
+            f"Expected adjacencies [B, n, n] of {list(mask.shape)} nodes (got student {list(student.shape)}, teacher {list(teacher.shape)})"
+        )
+    _check_options(distance, temperature)
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    if distance != "kl":
+        values = _difference(student, teacher, distance)
+        values = values if node_weight is None else values * node_weight.unsqueeze(1) * node_weight.unsqueeze(2)
+        return mean_over_graphs(values.sum(dim=(1, 2)) / (teacher != 0).sum(dim=(1, 2)).clamp(min=1), mask)
+    exists = mask.unsqueeze(1) & mask.unsqueeze(2) & ~torch.eye(mask.size(1), dtype=torch.bool, device=mask.device)
+    exists = exists | ((student != 0) & (teacher != 0))
+    lowest = torch.finfo(student.dtype).min
+    own, other = ((weight / temperature).where(exists, lowest).log_softmax(dim=1) for weight in (student, teacher))
+    at_node = (other.exp() * (other - own)).where(exists, 0.0).sum(dim=1)
+    at_node = at_node if node_weight is None else at_node * node_weight
+    return mean_over_graphs(at_node.sum(dim=1) / exists.any(dim=1).sum(dim=1).clamp(min=1), mask)
+
+
+class EdgeLoss(nn.Module):
+    """Compares how strongly matched nodes are related.
+
+    Graphs that share their edges, as :class:`~gkd.losses.GraphLoss` builds them, are compared edge by edge (:func:`edge_loss`), others
+    by their dense adjacencies (:func:`adjacency_loss`). For a complete graph of instances, ``distance='kl'`` compares whom every image
+    attends to.
+
+    Args:
+        distance: 'mse', 'smooth_l1' or 'kl'.
+        temperature: Of 'kl', in units of the weights.
+        guidance: Temperature of the attention that weighs an edge by how strongly the teacher responds at both of its ends (for
+            'kl': at its target), see :func:`~gkd.losses.node_attention`; None or ``inf`` weighs all alike.
+
+    Shapes:
+        - **student**, **teacher**: graphs of equally many nodes; **output** scalar
+
+    Raises:
+        ValueError: If an option is unknown or not positive, or the graphs do not match.
+    """
+
+    matched_nodes = True
+    matched_features = False
+
+    def __init__(self, distance: Distance = "mse", temperature: float = 0.1, guidance: float | None = None) -> None:
+        super().__init__()
+        _check_options(distance, temperature)
+        check_temperature(guidance)
+        self.distance = distance
+        self.temperature = temperature
+        self.guidance = guidance
+
+    def forward(self, student: Batch | Spectrum, teacher: Batch | Spectrum) -> Tensor:
+        """Returns the loss of two batches of graphs."""
+        student, teacher = Spectrum.of(student), Spectrum.of(teacher)
+        check_matched(student.mask, teacher.mask)
+        mask, node_weight = teacher.mask, None
+        with full_precision(teacher.mask):
+            if guides(self.guidance):
+                node_weight = node_attention(to_padded(teacher.graph.x, teacher.graph), self.guidance, mask)
+            if student.graph.edge_index is not teacher.graph.edge_index:
+                return adjacency_loss(student.adjacency, teacher.adjacency, mask, self.distance, self.temperature, node_weight)
+            edge_index = teacher.graph.edge_index
+            own, other = (_weights(spectrum) for spectrum in (student, teacher))
+            batch = None if _is_uniform(teacher.graph) else teacher.graph.batch
+            node_weight = None if node_weight is None else from_padded(node_weight, teacher.graph)
+            return edge_loss(own, other, edge_index, mask, batch, self.distance, self.temperature, node_weight)
+
+    def extra_repr(self) -> str:
+        """Returns what the printed module shows."""
+        temperature = f", temperature={self.temperature}" if self.distance == "kl" else ""
+        return f"distance={self.distance!r}{temperature}, guidance={self.guidance}"
+
+
+def _is_uniform(graph: Data) -> bool:
+    """Says whether all graphs have equally many nodes and edges, from what a batch keeps on the CPU; a single graph is."""
+    if graph.get("batch") is None:
+        return True
+    slices = getattr(graph, "_slice_dict", None) or {}
+    return all(name in slices and len(set(slices[name].diff().tolist())) <= 1 for name in ("x", "edge_index"))
+
+
+def _weights(spectrum: Spectrum) -> Tensor:
+    weight = spectrum.graph.get("edge_weight")
+    return torch.ones(spectrum.graph.edge_index.size(1), device=spectrum.mask.device) if weight is None else weight
+
+
+def _difference(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:
+    if distance == "mse":
+        return (student - teacher).square()
+    return F.smooth_l1_loss(student, teacher, reduction="none", beta=SMOOTH_BETA)
+
+
+def _log_softmax_at(logits: Tensor, target: Tensor, exists: Tensor, num_nodes: int) -> Tensor:
+    """Log-softmax over the edges that arrive at a node; 0 where there is no edge."""
+    logits = logits.where(exists, torch.finfo(logits.dtype).min)
+    top = logits.new_full((num_nodes,), torch.finfo(logits.dtype).min).scatter_reduce(0, target, logits.detach(), "amax")
+    shifted = (logits - top[target]).where(exists, 0.0)
+    total = logits.new_zeros(num_nodes).index_add(0, target, shifted.exp() * exists)
+    total = total.where(total > 0, torch.ones_like(total))
+    return shifted - total.log()[target]
+
+
+def _check_options(distance: str, temperature: float) -> None:
+    if distance not in DISTANCES:
+        raise ValueError(f"Expected 'distance' to be one of {', '.join(DISTANCES)} (got '{distance}')")
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0 (got {temperature})")

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch
+
+from gkd.graphs.builder import GraphBuilder
+from gkd.graphs.nodes import ChannelNodes, RegionNodes
+from gkd.graphs.spectral import Spectrum
+from gkd.losses.precision import at_least_float32, full_precision
+
+__all__ = ["GraphLoss"]
+
+TOPOLOGIES = ("teacher", "student", "each")
+
+
+class GraphLoss(nn.Module):
+    r"""Builds the graphs of a student's and a teacher's map, once, and compares them by several terms.
+
+    ================ =======================================================================================================
+    ``topology``     edges
+    ================ =======================================================================================================
+    ``'teacher'``    the teacher's; the student's weights are evaluated on them. What the teacher relates, the student shall
+    ``'student'``    the student's; the teacher's weights are evaluated on them
+    ``'each'``       every network its own; the only one for graphs of unequal size
+    ================ =======================================================================================================
+
+    The terms share each graph's adjacency, Laplacian and eigenpairs. Sums and weights are left to whoever calls: the terms come back by
+    name.
+
+    Args:
+        builder: Makes the graphs; with a learned part, its parameters are trained through the student's graph.
+        terms: Modules of (student, teacher), two :class:`~gkd.graphs.Spectrum` views, by name: :class:`~gkd.losses.VertexLoss`,
+            :class:`~gkd.losses.EdgeLoss`, :class:`~gkd.losses.SpectralLoss`, :class:`~gkd.losses.MessageLoss` or others.
+        topology: Whose edges are used.
+        teacher_builder: Makes the teacher's graphs where they are built differently, over a finer grid for example.
+        matched_channels: Whether the student's map must have the teacher's channels, and so an adapter. None: whether a term needs it,
+            by its attributes
+            ``matched_nodes`` (for graphs of channels) and ``matched_features`` (for all others).
+
+    Shapes:
+        - **student_map**, **teacher_map** [B, C, h, w] or what the nodes take; **output** scalars by name
+
+    Gradient:
+        To the student's map; the teacher's graph is built without gradient. Computed in float32 under autocast.
+
+    Raises:
+        ValueError: If the topology or a part is unknown, or a term finds graphs that do not match.
+
+    Examples:
+        >>> from gkd.losses import EdgeLoss, VertexLoss
+        >>> from gkd.graphs import ChannelNodes, GraphBuilder, KNNEdges
+        >>> loss = GraphLoss(GraphBuilder(ChannelNodes(), KNNEdges(k=2)), {"vertex": VertexLoss(), "edge": EdgeLoss()})
+        >>> features = torch.rand(2, 8, 4, 4)
+        >>> loss(features, 3 * features)
+        {'vertex': tensor(0.), 'edge': tensor(0.)}
+    """
+
+    level = "stage"
+
+    def __init__(
+        self,
+        builder: GraphBuilder,
+        terms: Mapping[str, nn.Module],
+        topology: Literal["teacher", "student", "each"] = "teacher",
+        teacher_builder: GraphBuilder | None = None,
+        matched_channels: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if topology not in TOPOLOGIES:
+            raise ValueError(f"Expected 'topology' to be one of {', '.join(TOPOLOGIES)} (got '{topology}')")
+        if not terms:
+            raise ValueError("Expected at least one term (got none)")
+        self.builder = builder
+        self.teacher_builder = teacher_builder
+        self.terms = nn.ModuleDict(terms)
+        self.topology = topology
+        self._matched_channels = matched_channels
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the terms."""
+        return tuple(self.terms)
+
+    @property
+    def matched_channels(self) -> bool:
+        """Whether the student's map must have the teacher's channels."""
+        if self._matched_channels is not None:
+            return self._matched_channels
+        needed = "matched_nodes" if isinstance(self.builder.nodes, ChannelNodes) else "matched_features"
+        return any(getattr(term, needed, True) for term in self.terms.values())
+
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether the nodes are regions of the images."""
+        return isinstance(self.builder.nodes, RegionNodes)
+
+    def forward(
+        self,
+        student_map: Tensor,
+        teacher_map: Tensor,
+        *node_args: Any,
+        parts: Collection[str] | None = None,
+        boxes: Sequence[Tensor] | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Returns the terms by name.
+
+        Args:
+            student_map: The student's features.
+            teacher_map: The teacher's.
+            *node_args: What else the nodes are made of.
+            parts: Names of the terms to compute; None for all.
+            boxes: For region nodes: the boxes of every image [n_i, 4], in pixels.
+            image_size: For region nodes: height and width of the images.
+        """
+        if boxes is not None:
+            node_args = (boxes, image_size, *node_args)
+        unknown = set(parts or ()).difference(self.terms)
+        if unknown:
+            raise ValueError(f"Expected 'parts' among {', '.join(self.terms)} (got '{min(unknown)}')")
+        wanted = {name: term for name, term in self.terms.items() if parts is None or name in parts}
+        if not wanted:
+            return {}
+        with full_precision(student_map):
+            student_map, teacher_map = at_least_float32(student_map), at_least_float32(teacher_map.detach())
+            if student_map.numel() == 0 or teacher_map.numel() == 0:
+                return dict.fromkeys(wanted, 0 * student_map.sum())
+            student, teacher = map(Spectrum, self.graphs(student_map, teacher_map, *node_args))
+            return {name: term(student, teacher) for name, term in wanted.items()}
+
+    def graphs(self, student_map: Tensor, teacher_map: Tensor, *node_args: Any) -> tuple[Batch, Batch]:
+        """Builds the two graphs that the terms compare."""
+        build_teacher = self.builder if self.teacher_builder is None else self.teacher_builder
+        student = self.builder(student_map, *node_args) if self.topology != "teacher" else None
+        with torch.no_grad():
+            teacher = build_teacher(teacher_map, *node_args, edge_index=student if self.topology == "student" else None)
+        if student is None:
+            student = self.builder(student_map, *node_args, edge_index=teacher)
+        return student, teacher
+
+    def extra_repr(self) -> str:
+        """Returns what the printed module shows."""
+        return f"topology={self.topology!r}"

@@ -112,16 +112,22 @@ def dense_adjacency(edge_index: Tensor, edge_weight: Tensor, num_graphs: int, nu
         raise ValueError(f"Expected 'edge_index' of shape [2, num_edges] (got {list(edge_index.shape)})")
     if edge_weight.shape != edge_index.shape[1:]:
         raise ValueError(f"Expected 'edge_weight' of shape [{edge_index.size(1)}] (got {list(edge_weight.shape)})")
-    edge_weight = as_float(edge_weight)
     source, target = edge_index
-    if num_nodes == 0:
-        return edge_weight.new_zeros(num_graphs, 0, 0)
-    if not torch.compiler.is_compiling() and not edge_index.is_cuda and not torch.equal(source // num_nodes, target // num_nodes):
+    checked = edge_index.device.type == "cpu" and num_nodes > 0 and not torch.compiler.is_compiling()
+    if checked and not torch.equal(source // num_nodes, target // num_nodes):
         raise ValueError("Expected every edge to join two nodes of one graph (got an edge between two graphs of the batch)")
-    entry = source * num_nodes + target % num_nodes
-    return (
-        edge_weight.new_zeros(num_graphs * num_nodes * num_nodes).scatter_add(0, entry, edge_weight).view(num_graphs, num_nodes, num_nodes)
-    )
+    return scatter_edges(edge_index, as_float(edge_weight), num_graphs, num_nodes)
+
+
+def scatter_edges(edge_index: Tensor, value: Tensor, num_graphs: int, num_nodes: int, both_ways: bool = False) -> Tensor:
+    """Adds up the values of edges as :func:`dense_adjacency` does, without its checks; ``both_ways`` adds each at (j, i) too."""
+    dense = value.new_zeros(num_graphs * num_nodes * num_nodes)
+    if num_nodes > 0:
+        source, target = edge_index
+        dense.scatter_add_(0, source * num_nodes + target % num_nodes, value)
+        if both_ways:
+            dense.scatter_add_(0, target * num_nodes + source % num_nodes, value)
+    return dense.view(num_graphs, num_nodes, num_nodes)
 
 
 def from_dense(A: Tensor, mask: Tensor | None = None, x: Tensor | None = None) -> Batch:
@@ -202,7 +208,7 @@ def to_padded(x: Tensor, graph: Data) -> Tensor:
     if x.dim() == 0 or x.size(0) != expected:
         raise ValueError(f"Expected one row for each of {expected} nodes (got {list(x.shape)})")
     if slot is not None:
-        x = x.new_zeros(num_graphs * num_nodes, *x.shape[1:]).index_copy(0, slot, x)
+        x = x.new_zeros(num_graphs * num_nodes, *x.shape[1:]).index_copy_(0, slot, x)
     return x.reshape(num_graphs, num_nodes, *x.shape[1:])
 
 

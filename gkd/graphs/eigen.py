@@ -20,21 +20,40 @@ def exact_eigenmaps(
     drop_trivial: bool = True,
     gauge: Gauge = "eigenspace",
     damping: float | None = None,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Finds the lowest eigenpairs of every Laplacian from its complete decomposition; :func:`~gkd.graphs.spectral.eigenmaps` explains.
 
+    Args:
+        L: Laplacians; of a matrix that is not symmetric the symmetric part counts.
+        num_eig: Number Q of pairs.
+        mask: True where a node exists.
+        drop_trivial: As in :func:`~gkd.graphs.spectral.eigenmaps`.
+        gauge: As in :func:`~gkd.graphs.spectral.eigenmaps`.
+        damping: As in :func:`~gkd.graphs.spectral.eigenmaps`.
+        symmetric: L is symmetric and zero where no node exists, as :func:`~gkd.graphs.laplacian.laplacian` makes it. Spares the time
+            to make it so.
+
     Shapes:
-        - **L** [B, N, N], **mask** [B, N]; **output** eigval [B, num_eig], eigvec [B, N, num_eig]
+        - **L** [B, N, N], **mask** [B, N]; **output** eigval [B, Q], eigvec [B, N, Q]
+
+    Raises:
+        ValueError: If the shapes disagree, or (checked on the CPU only) L is not finite.
     """
-    mask = check_adjacency(L, mask)
+    exists = check_adjacency(L, mask)
     check_options(num_eig, gauge, damping)
     L = as_float(L)
     if L.numel() == 0:
         return L.new_zeros(L.size(0), num_eig), L.new_zeros(*L.shape[:2], num_eig)
-    L = L.masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
+    if mask is not None and not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all()):
+        mask = None  # not worth a pass over the matrices
+    if mask is not None and not symmetric:
+        L = L.masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
     check_finite(L, "Laplacian")
+    if not symmetric:
+        L = (L + L.mT) / 2
     with torch.autocast(L.device.type, enabled=False):
-        return _Exact.apply(L, mask, num_eig, drop_trivial, gauge, damping)
+        return _Exact.apply(L, exists.sum(1), mask, num_eig, drop_trivial, gauge, damping)
 
 
 def lowrank_eigenmaps(
@@ -170,16 +189,18 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class _Exact(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, L: Tensor, mask: Tensor, num_eig: int, drop_trivial: bool, gauge: str, damping: float | None
+        ctx: Any, L: Tensor, count: Tensor, mask: Tensor | None, num_eig: int, drop_trivial: bool, gauge: str, damping: float | None
     ) -> tuple[Tensor, Tensor]:
         num_nodes = L.size(1)
-        # Missing nodes go to the top of the spectrum. A Laplacian ends at twice its largest diagonal entry, so this is above it, and
-        # near enough to cost no precision.
-        largest = L.diagonal(dim1=1, dim2=2).amax(1).clamp(min=0)
-        above = torch.where(largest > 0, 2.5 * largest, 1.0)
-        eigval, W = decompose((L + L.mT) / 2 + torch.diag_embed(above[:, None] * ~mask))
-        W = W * mask[:, :, None]
-        count = mask.sum(1)
+        if mask is not None:
+            # Missing nodes go to the top of the spectrum. A Laplacian ends at twice its largest diagonal entry, so this is above it, and
+            # near enough to cost no precision.
+            largest = L.diagonal(dim1=1, dim2=2).amax(1).clamp(min=0)
+            above = torch.where(largest > 0, 2.5 * largest, 1.0)
+            L = L + torch.diag_embed(above[:, None] * ~mask)
+        eigval, W = decompose(L)
+        if mask is not None:
+            W = W * mask[:, :, None]
         last = (count - 1).clamp(min=0)[:, None]
         scale = eigval.gather(1, last)[:, 0].abs() * (count > 0)
         tolerance = rounding(scale, num_nodes)
@@ -202,7 +223,7 @@ class _Exact(torch.autograd.Function):
         gaps = inverse_gaps(eigval, eigval.gather(1, index), block, tolerance, damping)
         coefficient = W.mT @ (grad_eigvec * present[:, None, :]) * gaps
         X = torch.baddbmm(U * grad_eigval[:, None, :], W, coefficient)
-        return symmetric_product(X, U), None, None, None, None, None
+        return symmetric_product(X, U), None, None, None, None, None, None
 
 
 class _LowRank(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import as_float, check_adjacency, padded_edges, to_dense
+from gkd.graphs.dense import as_float, check_adjacency, layout, padded_edges, scatter_edges, to_dense
 
 Normalization = Literal["sym", "rw"] | None
 
@@ -53,6 +53,9 @@ def laplacian(graph: Data | Tensor, normalization: Normalization = "sym", mask: 
     else:
         if mask is not None:
             raise ValueError("Expected 'mask' with dense adjacencies only (got one beside a graph, which has its own)")
+        if normalization != "rw" and is_sparse(graph):
+            sparse = sparse_laplacian(graph, normalization)
+            return sparse.to_dense(), sparse.mask
         A, mask = to_dense(graph)
     check_finite(A, "edge weights")
     A = (A + A.mT) / 2
@@ -97,6 +100,18 @@ class SparseLaplacian(NamedTuple):
     mask: Tensor
     """True where a node exists, ``[B, N]``."""
 
+    def to_dense(self) -> Tensor:
+        """Writes the Laplacians as ``[B, N, N]``."""
+        L = scatter_edges(self.edge_index, -self.value / 2, *self.mask.shape, both_ways=True)
+        L.diagonal(dim1=1, dim2=2).add_(self.diagonal)
+        return L
+
+
+def is_sparse(graph: Data) -> bool:
+    """True if so few pairs of nodes are joined that working edge by edge is cheaper than by rows of the padding."""
+    num_graphs, num_nodes, _, _ = layout(graph)
+    return graph.edge_index is not None and graph.edge_index.size(1) * 8 <= num_graphs * num_nodes**2
+
 
 def sparse_laplacian(graph: Data, normalization: Normalization = "sym") -> SparseLaplacian:
     """Builds the Laplacian of every graph without a dense matrix; 'rw' is not symmetric and has none here.
@@ -128,4 +143,5 @@ def node_degree(graph: Data) -> tuple[Tensor, Tensor]:
 
 def _edge_degree(edge_index: Tensor, edge_weight: Tensor, mask: Tensor) -> Tensor:
     degree = edge_weight.new_zeros(mask.numel())
-    return (degree.scatter_add(0, edge_index[0], edge_weight) + degree.scatter_add(0, edge_index[1], edge_weight)).view_as(mask) / 2
+    degree.scatter_add_(0, edge_index[0], edge_weight).scatter_add_(0, edge_index[1], edge_weight)
+    return degree.view_as(mask) / 2

@@ -10,13 +10,13 @@ from torch_geometric.data import Data
 from gkd.graphs.dense import layout, to_dense, to_padded
 from gkd.graphs.eigen import Gauge, exact_eigenmaps, lowrank_eigenmaps
 from gkd.graphs.heat import Times, heat_kernel, heat_kernel_signature, heat_trace
-from gkd.graphs.laplacian import Normalization, connected, laplacian, node_degree
+from gkd.graphs.laplacian import Normalization, connected, is_sparse, laplacian, node_degree
 from gkd.graphs.subspace import subspace_eigenmaps
 
 __all__ = ["Spectrum", "eigengap", "eigenmaps", "heat_kernel", "heat_kernel_signature", "heat_trace"]
 
 Method = Literal["auto", "exact", "lowrank", "subspace"]
-_LARGE = 1024  # nodes from which a sparse graph is cheaper by subspace iteration
+_LARGE = 512  # nodes from which a sparse graph is cheaper by subspace iteration
 
 
 def eigenmaps(
@@ -48,7 +48,7 @@ def eigenmaps(
         mask: True where a node exists, for Laplacians. Whatever else they hold has no influence.
         method: 'exact' decomposes completely. 'lowrank' is for a graph with a node attribute ``factor`` [num_nodes, R] such that
             :math:`A = F F^\top`, in :math:`O(N R^2)`; it has no vectors for the eigenvalue 1 beyond the rank. 'subspace' iterates, for
-            large sparse graphs. 'auto' takes 'lowrank' where R < N and the pairs fit, 'subspace' for sparse graphs of 1024 nodes or
+            large sparse graphs. 'auto' takes 'lowrank' where R < N and the pairs fit, 'subspace' for sparse graphs of 512 nodes or
             more, and else 'exact'.
         normalization: Which Laplacian of a graph: 'sym', None (:math:`D - A`), or 'rw', whose eigenvectors are :math:`D^{-1/2} u` with
             those of 'sym' (so :math:`V^\top D V = I`; scikit-learn's spectral embedding).
@@ -109,18 +109,17 @@ def eigenmaps(
         eigval, eigvec = subspace_eigenmaps(graph, num_eig, None, symmetric, drop_trivial, gauge, damping, init, tolerance, max_iter)
     else:
         L, mask = laplacian(graph, symmetric)
-        eigval, eigvec = exact_eigenmaps(L, num_eig, mask, drop_trivial, gauge, damping)
+        eigval, eigvec = exact_eigenmaps(L, num_eig, mask, drop_trivial, gauge, damping, symmetric=True)
     return eigval, _random_walk_vectors(graph, eigvec) if normalization == "rw" else eigvec
 
 
 def choose_method(graph: Data, num_eig: int, normalization: Normalization = "sym") -> Method:
     """Says which method ``method='auto'`` stands for, from shapes alone."""
     factor = graph.get("factor")
-    num_graphs, num_nodes = layout(graph).mask.shape
+    num_nodes = layout(graph).num_nodes
     if factor is not None and normalization is not None and num_eig < factor.size(1) < num_nodes:
         return "lowrank"
-    sparse = graph.edge_index is not None and graph.edge_index.size(1) * 8 <= num_graphs * num_nodes**2
-    return "subspace" if sparse and num_nodes >= _LARGE and num_eig * 16 <= num_nodes else "exact"
+    return "subspace" if num_nodes >= _LARGE and num_eig * 16 <= num_nodes and is_sparse(graph) else "exact"
 
 
 def eigengap(eigval: Tensor, min_eig: int = 1, max_eig: int | None = None) -> tuple[Tensor, Tensor]:
@@ -205,7 +204,7 @@ class Spectrum:
     @cached_property
     def laplacian(self) -> Tensor:
         """Padded Laplacians, ``[B, N, N]``."""
-        return laplacian(self.adjacency, self.normalization, self.mask)[0]
+        return laplacian(self.graph, self.normalization)[0]
 
     def eigenmaps(self, num_eig: int = 8, drop_trivial: bool = True, gauge: Gauge = "eigenspace") -> tuple[Tensor, Tensor]:
         """Returns eigenvalues ``[B, num_eig]`` and eigenvectors ``[B, N, num_eig]``; see :func:`eigenmaps`."""
@@ -229,7 +228,7 @@ class Spectrum:
     def _solve(self, num_eig: int, drop_trivial: bool, gauge: Gauge) -> tuple[Tensor, Tensor]:
         method = choose_method(self.graph, num_eig, self.normalization) if self.method == "auto" else self.method
         if method == "exact" and self.normalization != "rw":
-            return exact_eigenmaps(self.laplacian, num_eig, self.mask, drop_trivial, gauge, self.damping)
+            return exact_eigenmaps(self.laplacian, num_eig, self.mask, drop_trivial, gauge, self.damping, symmetric=True)
         return eigenmaps(
             self.graph,
             num_eig,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import as_float, check_adjacency, dense_adjacency
+from gkd.graphs.dense import as_float, check_adjacency
 from gkd.graphs.eigen import Gauge, check_options, damping_of, decompose, exact_eigenmaps, inverse_gaps, keep, rounding, symmetric_product
 from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
 
@@ -82,7 +82,8 @@ def subspace_eigenmaps(
         value = (value + value.mT) / 2
         diagonal, edge_index = value.diagonal(dim1=1, dim2=2), None
     else:
-        diagonal, value, edge_index, mask = sparse_laplacian(graph, normalization)
+        sparse = sparse_laplacian(graph, normalization)
+        diagonal, value, edge_index, mask = sparse
     if init is not None and init.shape[:2] != mask.shape:
         raise ValueError(f"Expected 'init' of shape {[*mask.shape, 'any']} (got {list(init.shape)})")
     num_graphs, num_nodes = mask.shape
@@ -92,10 +93,8 @@ def subspace_eigenmaps(
         operator = Operator(diagonal.detach(), value.detach(), edge_index, mask)
         block = _iterate(operator, num_eig, init, tolerance, max_iter)
     if block is None:
-        if edge_index is not None:
-            adjacency = dense_adjacency(edge_index, value, num_graphs, num_nodes)
-            value = torch.diag_embed(diagonal) - (adjacency + adjacency.mT) / 2
-        return exact_eigenmaps(value, num_eig, mask, drop_trivial, gauge, damping)
+        L = value if edge_index is None else sparse.to_dense()
+        return exact_eigenmaps(L, num_eig, mask, drop_trivial, gauge, damping, symmetric=True)
     with torch.autocast(value.device.type, enabled=False):
         return _Attach.apply(diagonal, value, operator, block, num_eig, drop_trivial, gauge, damping)
 
@@ -113,23 +112,23 @@ class Operator:
         # No eigenvalue of a Laplacian exceeds twice its largest diagonal entry.
         largest = diagonal.amax(1)
         self.scale = 2 * torch.where(largest > 0, largest, 1.0)
-        self.bound = self.scale * (1.02 if bool(mask.all()) else 1.3)
-        self.shift = (1.25 * self.scale)[:, None] * ~mask
-        if edge_index is None:
-            self.matrix, self.diagonal = value + torch.diag_embed(self.shift), None
-        else:
-            edges = torch.cat([edge_index, edge_index.flip(0)], 1)
-            coo = torch.sparse_coo_tensor(edges, torch.cat([value, value]) / 2, (mask.numel(), mask.numel()), check_invariants=False)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-                self.matrix = coo.coalesce().to_sparse_csr()
-            self.diagonal = (diagonal + self.shift)[:, :, None]
+        self.bound = float(self.scale.max()) * (1.02 if bool(mask.all()) else 1.3)
+        shift = (1.25 * self.scale)[:, None] * ~mask
+        self.matrix = value + torch.diag_embed(shift) if edge_index is None else _sparse(diagonal + shift, value, edge_index)
 
     def __call__(self, X: Tensor) -> Tensor:
         """Computes L X."""
-        if self.diagonal is None:
+        if self.edge_index is None:
             return self.matrix @ X
-        return self.diagonal * X - (self.matrix @ X.flatten(0, 1)).view_as(X)
+        return (self.matrix @ X.flatten(0, 1)).view_as(X)
+
+    def combine(self, image: float, X: Tensor, same: float, before: Tensor, other: float) -> Tensor:
+        """Computes ``image * L X + same * X + other * before``: one step of a recurrence, in two passes over the vectors."""
+        if self.edge_index is None:
+            result = torch.baddbmm(before, self.matrix, X, beta=other, alpha=image)
+        else:
+            result = torch.addmm(before.flatten(0, 1), self.matrix, X.flatten(0, 1), beta=other, alpha=image).view_as(X)
+        return result.add_(X, alpha=same)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,11 +143,10 @@ def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: f
     limit = operator.scale * (tolerance or {torch.float32: 1e-5, torch.float64: 1e-9}[operator.dtype])
     zero = rounding(operator.scale, num_nodes) + limit / 10  # a Rayleigh quotient is off by the square of its residual
     size = num_eig + _SPARE
-    X = operator.mask.new_zeros(*operator.mask.shape, 0, dtype=operator.dtype) if init is None else init.to(operator.dtype)
+    X = _widen(operator.mask.new_zeros(*operator.mask.shape, 0) if init is None else init, size, operator)
     for step in range(max_iter + 1):
         if 3 * size > num_nodes:
             return None
-        X = torch.linalg.qr(_widen(X, size, operator))[0]
         X, LX, eigval = _rayleigh_ritz(operator, X)
         kernel = (eigval <= zero[:, None]).sum(1)
         wanted = torch.minimum(kernel + num_eig, count)
@@ -163,6 +161,8 @@ def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: f
             warnings.warn(f"Subspace iteration stopped after {max_iter} rounds, {float(excess.max()):.1e} above its goal", stacklevel=4)
             break
         X = _filter(operator, X, LX, eigval)
+        if size > X.size(2):
+            X = _widen(X, size, operator)
     else:
         return None  # the block was still growing
     return Block(eigval, X, kernel, zero)
@@ -170,16 +170,17 @@ def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: f
 
 def _widen(X: Tensor, size: int, operator: Operator) -> Tensor:
     """Fills a block up to its size with random vectors, the same ones every time, and puts these in place of zero columns too."""
-    num_graphs, num_nodes = operator.mask.shape
+    X = X[:, :, :size].to(operator.dtype)
+    used, (num_graphs, num_nodes) = X.size(2), operator.mask.shape
     noise = torch.randn(num_nodes, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     noise = noise.to(operator.mask.device, operator.dtype).expand(num_graphs, -1, -1)
-    X = X[:, :, :size]
-    used = X.size(2)
-    start = torch.where(X.norm(dim=1, keepdim=True) > 0, X, noise[:, :, :used])
-    return torch.cat([start, noise[:, :, used:]], 2)
+    X = torch.where(X.norm(dim=1, keepdim=True) > 0, X, noise[:, :, :used])
+    return torch.cat([X, noise[:, :, used:]], 2)
 
 
 def _rayleigh_ritz(operator: Operator, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns a block into orthonormal Ritz vectors; returns them, their images and their values, ascending."""
+    X = torch.linalg.qr(X)[0]
     LX = operator(X)
     projected = X.mT @ LX
     eigval, Q = decompose((projected + projected.mT) / 2)
@@ -188,21 +189,41 @@ def _rayleigh_ritz(operator: Operator, X: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _filter(operator: Operator, X: Tensor, LX: Tensor, eigval: Tensor) -> Tensor:
     """Multiplies X by the Chebyshev polynomial of L that is small between the largest Ritz value and the end of the spectrum."""
-    lower = torch.minimum(eigval[:, -1], 1.1 * operator.scale).clamp(min=1e-6 * operator.scale)
+    limit = float(operator.scale.max())
+    lower = min(max(float(eigval[:, -1].max()), 1e-6 * limit), 1.1 * limit)
     centre, half = (operator.bound + lower) / 2, (operator.bound - lower) / 2
-    reach = float((centre / half).max())
-    degree = min(max(int(math.acosh(_GROWTH[operator.dtype]) / math.acosh(reach)), 2), _MAX_DEGREE)
+    degree = min(max(int(math.acosh(_GROWTH[operator.dtype]) / math.acosh(centre / half)), 2), _MAX_DEGREE)
     sigma = first = -half / centre
-    previous, X = X, (LX - _columns(centre) * X) * _columns(first / half)
+    previous, X = X, (LX - centre * X) * (first / half)
     for _ in range(degree - 1):
         following = 1 / (2 / first - sigma)
-        previous, X = X, (operator(X) - _columns(centre) * X) * _columns(2 * following / half) - _columns(sigma * following) * previous
+        slope = 2 * following / half
+        previous, X = X, operator.combine(slope, X, -slope * centre, previous, -sigma * following)
         sigma = following
     return X
 
 
 def _columns(value: Tensor) -> Tensor:
     return value[:, None, None]
+
+
+def _sparse(diagonal: Tensor, value: Tensor, edge_index: Tensor) -> Tensor:
+    """Writes diag(diagonal) - (S + S^T) / 2 as one compressed matrix over the nodes of all the graphs."""
+    size = diagonal.numel()
+    source, target = edge_index
+    # S is symmetric if it treats a random vector as its transpose does, and need not be doubled then.
+    probe = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(value)
+    forth = value.new_zeros(size).index_add(0, source, value * probe[target])
+    back = value.new_zeros(size).index_add(0, target, value * probe[source])
+    if float((forth - back).abs().max()) > 16 * torch.finfo(value.dtype).eps * float(forth.abs().max()):
+        edge_index, value = torch.cat([edge_index, edge_index.flip(0)], 1), torch.cat([value, value]) / 2
+    loop = torch.arange(size, device=value.device).expand(2, -1)
+    real = value != 0
+    entries = torch.cat([loop, edge_index[:, real]], 1), torch.cat([diagonal.flatten(), -value[real]])
+    coo = torch.sparse_coo_tensor(*entries, (size, size), check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return coo.coalesce().to_sparse_csr()
 
 
 class _Attach(torch.autograd.Function):

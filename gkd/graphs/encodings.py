@@ -147,8 +147,6 @@ class HeatKernelEncoding(nn.Module):
             raise ValueError(f"Expected 'num_eig' to be None or at least 1 (got {num_eig})")
         self.num_eig = num_eig
         self.times = as_times(times)
-        if not self.times:
-            raise ValueError("Expected 'times' with at least one time (got none)")
         self.normalization: Normalization = "sym" if normalization == "rw" else normalization
         self.method: Method = method
 

@@ -105,7 +105,8 @@ def draw_edges(axes: Axes, graph: Data, place: np.ndarray, width: float) -> None
 
 def node_colors(graph: Data) -> np.ndarray:
     value = graph.pe[:, 0].numpy()
-    value = value / max(np.abs(value).max(), 1e-12)
+    largest = value[np.abs(value).argmax()]  # of any sign: an eigenvector has none, a picture that comes out the same needs one
+    value = value / (largest or 1)
     return COLORS(0.5 + 0.5 * np.sign(value) * np.sqrt(np.abs(value)))  # the root also tells small values from 0
 
 

@@ -43,7 +43,7 @@ def run_python(code):
     return result.stdout
 
 
-def test_works_alone():
+def test_works_alone():  # and gkd.graphs.testing without a test runner
     run_python(ALONE + USE)
 
 

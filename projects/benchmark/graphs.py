@@ -1,0 +1,294 @@
+"""What gkd.graphs costs, beside the way of PyTorch Geometric that takes one image after the other.
+
+Both sides start from the same feature maps, with the same number of threads, and are timed in turns in one process. The other side is
+what a careful user writes with PyG today: neighbours by one matrix product and ``topk`` per image, ``to_undirected``, ``Data``,
+``AddLaplacianEigenvectorPE(is_undirected=True)``, ``Batch.from_data_list``. It has no gradient through the eigenvectors, so its forward
+stands beside our forward and backward.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch_geometric
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+from torch_geometric.transforms import AddLaplacianEigenvectorPE
+from torch_geometric.utils import to_undirected
+
+from gkd.graphs import ChannelNodes, CompleteEdges, GraphBuilder, KNNEdges, LaplacianEncoding
+from gkd.graphs.builder import build_batch
+
+__all__ = ["benchmark_graphs"]
+
+
+class Setting(NamedTuple):
+    """The sizes of one row."""
+
+    images: int
+    channels: int
+    grid: int
+    num_eig: int
+    k: int
+    device: str
+
+
+Run = Callable[[], Any]
+
+
+def feature_maps(setting: Setting, gradient: bool = False) -> Tensor:
+    """Feature maps as after a ReLU, the same in every process."""
+    shape = (setting.images, setting.channels, setting.grid, setting.grid)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+    return values.to(setting.device).requires_grad_(gradient)
+
+
+# gkd: all images at once.
+
+
+def gkd_batch(setting: Setting) -> Run:
+    nodes = ChannelNodes()(feature_maps(setting))
+    edges = KNNEdges(k=setting.k)(nodes)
+    return lambda: build_batch(nodes, edges)
+
+
+def gkd_graph(edges: torch.nn.Module, encoding: bool, backward: bool, setting: Setting) -> Run:
+    features = feature_maps(setting, gradient=backward)
+    builder = GraphBuilder(ChannelNodes(), edges, LaplacianEncoding(setting.num_eig, sign=None) if encoding else None)
+
+    def run() -> None:
+        graph = builder(features)
+        if backward:
+            torch.autograd.grad(graph.pe.abs().sum(), features)
+
+    return run
+
+
+# PyG: one image after the other.
+
+
+def pyg_batch(setting: Setting) -> Run:
+    parts = [(graph.x, graph.edge_index, graph.edge_weight) for graph in map(_pyg_knn(setting.k), feature_maps(setting))]
+    return lambda: Batch.from_data_list([Data(x=x, edge_index=index, edge_weight=weight) for x, index, weight in parts])
+
+
+def _similarity(image: Tensor) -> tuple[Tensor, Tensor]:
+    x = image.flatten(1)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    return x, unit @ unit.t()
+
+
+def _pyg_knn(k: int) -> Callable[[Tensor], Data]:
+    def build(image: Tensor) -> Data:
+        x, similarity = _similarity(image)
+        weight, neighbour = similarity.fill_diagonal_(-1).topk(k, dim=1)
+        node = torch.arange(len(x), device=x.device).repeat_interleave(k)
+        index, weight = to_undirected(torch.stack([node, neighbour.flatten()]), weight.flatten(), reduce="max")
+        return Data(x=x, edge_index=index, edge_weight=weight)
+
+    return build
+
+
+def _pyg_complete(image: Tensor) -> Data:
+    x, similarity = _similarity(image)
+    node = torch.arange(len(x), device=x.device)
+    return Data(x=x, edge_index=torch.cartesian_prod(node, node).t(), edge_weight=similarity.flatten())
+
+
+def pyg_graph(build: Callable[[Tensor], Data], encoding: bool, setting: Setting) -> Run:
+    features = feature_maps(setting)
+    transform = AddLaplacianEigenvectorPE(setting.num_eig, attr_name="pe", is_undirected=True)
+
+    def run() -> None:
+        graphs = [build(image) for image in features]
+        if encoding:
+            graphs = [transform(graph.cpu()) for graph in graphs]  # SciPy solves on the CPU only
+        Batch.from_data_list(graphs).to(setting.device)
+
+    return run
+
+
+def knn(setting: Setting) -> torch.nn.Module:
+    return KNNEdges(k=setting.k, metric="cosine")
+
+
+def complete(setting: Setting) -> torch.nn.Module:
+    return CompleteEdges(nonnegative=True, self_loops=True)
+
+
+TASKS: dict[str, dict[str, Callable[[Setting], Run]]] = {
+    "Batch alone": {"gkd": gkd_batch, "PyG": pyg_batch},
+    "kNN graph": {
+        "gkd": lambda s: gkd_graph(knn(s), False, False, s),
+        "PyG": lambda s: pyg_graph(_pyg_knn(s.k), False, s),
+    },
+    "kNN + eigenpairs": {
+        "gkd": lambda s: gkd_graph(knn(s), True, False, s),
+        "PyG": lambda s: pyg_graph(_pyg_knn(s.k), True, s),
+    },
+    "kNN + eigenpairs, backward": {
+        "gkd": lambda s: gkd_graph(knn(s), True, True, s),
+        "PyG": lambda s: pyg_graph(_pyg_knn(s.k), True, s),
+    },
+    "complete + eigenpairs": {
+        "gkd": lambda s: gkd_graph(complete(s), True, False, s),
+        "PyG": lambda s: pyg_graph(_pyg_complete, True, s),
+    },
+    "complete + eigenpairs, backward": {
+        "gkd": lambda s: gkd_graph(complete(s), True, True, s),
+        "PyG": lambda s: pyg_graph(_pyg_complete, True, s),
+    },
+}
+
+
+def timed(run: Run, device: str) -> float:
+    """Seconds of one run: device events on a GPU, the wall clock otherwise."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def time_in_turns(runs: dict[str, Run], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each after one warm-up; taking turns, so that whatever slows the machine slows both."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def memory_probe(task: str, side: str, setting: Setting, threads: int) -> float:
+    """MiB that one run needs at its peak beyond what was there before; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    TASKS[task][side](setting._replace(images=2, channels=2 * setting.num_eig))()  # load what is loaded on first use
+    run = TASKS[task][side](setting)
+    if torch.device(setting.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with suppress(OSError):  # Linux: forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")
+    kib = 1 if platform.system() == "Linux" else 1024  # macOS counts bytes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / kib / 1024
+
+
+def peak_memory(task: str, side: str, setting: Setting, threads: int) -> float:
+    """MiB at the peak of one run, measured in a child process that does nothing else."""
+    context = multiprocessing.get_context("forkserver" if platform.system() == "Linux" else "spawn")
+    context.set_forkserver_preload(["gkd.graphs", "torch_geometric.transforms", "scipy.sparse.linalg"])
+    with context.Pool(1) as pool:
+        return pool.apply(memory_probe, (task, side, setting, threads))
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    named = {"cpu": cpu, "threads": threads, "python": platform.python_version()}
+    if torch.device(device).type == "cuda":
+        named["gpu"] = torch.cuda.get_device_name(device)
+    return {**named, "torch": torch.__version__, "torch_geometric": torch_geometric.__version__}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text. Times are per image, since the large PyG rows take fewer of them."""
+    head = f"{'':32} {'n':>5} {'images':>9} {'gkd ms/image':>13} {'PyG ms/image':>13} {'ratio':>7} {'gkd MiB':>9} {'PyG MiB':>9}"
+    lines = [", ".join(f"{name} {value}" for name, value in result["machine"].items()), head, "-" * len(head)]
+    for row in result["rows"]:
+        images = f"{row['images']['gkd']}/{row['images']['PyG']}"
+        ms, mib = row["ms_per_image"], row["peak_mib"]
+        numbers = f"{ms['gkd']:13.3f} {ms['PyG']:13.3f} {row['ratio']:6.1f}x {mib['gkd']:9.0f} {mib['PyG']:9.0f}"
+        lines.append(f"{row['task']:32} {row['channels']:5} {images:>9} {numbers}")
+    lines.append("backward: PyG has none through its eigenvectors; its forward stands beside our forward and backward.")
+    return "\n".join(lines)
+
+
+def images_of(task: str, side: str, channels: int, batch_size: int) -> int:
+    """Images of a row: all of them up to 256 channels, then as many as keep a row within memory and minutes."""
+    if channels <= 256 or task == "Batch alone":
+        return batch_size
+    fewer = batch_size * 256**2 // channels**2
+    return max(1, fewer if side == "gkd" or "eigenpairs" not in task else fewer // 8)
+
+
+def benchmark_graphs(
+    batch_size: int = 64,
+    channels: Sequence[int] = (64, 128, 256, 512, 2048),
+    grid: int = 8,
+    num_eig: int = 8,
+    k: int = 8,
+    repeats: int = 5,
+    threads: int = 2,
+    device: str = "cpu",
+    output: str | None = "runs/benchmark/graphs.json",
+) -> dict[str, Any]:
+    """Times graph building and spectra against PyG's way and prints one table.
+
+    Args:
+        batch_size: Images of a batch.
+        channels: Numbers of channels, that is, of nodes.
+        grid: Height and width of the feature maps.
+        num_eig: Eigenpairs of each graph.
+        k: Neighbours of each node.
+        repeats: Timed runs of each row, whose median counts; a single one where a run of PyG takes over 10 seconds.
+        threads: CPU threads of torch, the same on both sides.
+        device: Where our side runs, and theirs but for the eigenvectors.
+        output: JSON file of the result; None writes none.
+
+    Returns:
+        ``machine`` and ``rows``: task, channels, images, ms_per_image, ratio and peak_mib.
+    """
+    torch.set_num_threads(threads)
+    rows = []
+    for task, sides in TASKS.items():
+        for number in channels:
+            settings = {
+                side: Setting(images_of(task, side, number, batch_size), number, grid, min(num_eig, number - 2), min(k, number - 1), device)
+                for side in sides
+            }
+            runs = {side: make(settings[side]) for side, make in sides.items()}
+            once = timed(runs["PyG"], device)
+            seconds = time_in_turns(runs, repeats if once < 10 else 1, device)
+            per_image = {side: 1000 * seconds[side] / settings[side].images for side in sides}
+            rows.append(
+                {
+                    "task": task,
+                    "channels": number,
+                    "images": {side: settings[side].images for side in sides},
+                    "ms_per_image": per_image,
+                    "ratio": per_image["PyG"] / per_image["gkd"],
+                    "peak_mib": {side: peak_memory(task, side, settings[side], threads) for side in sides},
+                }
+            )
+    options = {"batch_size": batch_size, "grid": grid, "num_eig": num_eig, "k": k, "repeats": repeats, "device": device}
+    result = {"machine": machine(device, threads), "options": options, "rows": rows}
+    print(table(result))
+    if output is not None:
+        path = Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    return result

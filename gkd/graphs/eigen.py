@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -186,6 +188,17 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"Expected a finite Laplacian (got {bad} NaN or infinite of {matrix.numel()} values)") from error
 
 
+def full_precision(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Switches autocast off in a backward pass too, which runs under it when ``backward()`` is called there."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_eigval.device.type, enabled=False):
+            return backward(ctx, grad_eigval, grad_eigvec)
+
+    return run
+
+
 class _Exact(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -216,6 +229,7 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
         eigval, W, U, index, present, tolerance, damping = ctx.saved_tensors
         grad_eigval = grad_eigval * present
@@ -262,6 +276,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
         # L = I - G G^T has the eigenvectors W = G V of the range, and everything orthogonal to them with eigenvalue 1. Its gradient is
         # the symmetric part of X U^T, as for the exact method, so that of G is -(X U^T + U X^T) G. W itself is never formed.

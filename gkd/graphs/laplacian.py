@@ -102,7 +102,8 @@ class SparseLaplacian(NamedTuple):
 
     def to_dense(self) -> Tensor:
         """Writes the Laplacians as ``[B, N, N]``."""
-        L = scatter_edges(self.edge_index, -self.value / 2, *self.mask.shape, both_ways=True)
+        num_graphs, num_nodes = self.mask.shape
+        L = scatter_edges(self.edge_index, -self.value / 2, num_graphs, num_nodes, both_ways=True)
         L.diagonal(dim1=1, dim2=2).add_(self.diagonal)
         return L
 

@@ -10,7 +10,18 @@ from torch.autograd.function import once_differentiable
 from torch_geometric.data import Data
 
 from gkd.graphs.dense import as_float, check_adjacency
-from gkd.graphs.eigen import Gauge, check_options, damping_of, decompose, exact_eigenmaps, inverse_gaps, keep, rounding, symmetric_product
+from gkd.graphs.eigen import (
+    Gauge,
+    check_options,
+    damping_of,
+    decompose,
+    exact_eigenmaps,
+    full_precision,
+    inverse_gaps,
+    keep,
+    rounding,
+    symmetric_product,
+)
 from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
 
 _SPARE = 8  # vectors beyond the wanted ones; they set the pace of convergence
@@ -258,6 +269,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
         eigval, eigvec, U, index, present, found, tolerance = ctx.saved_tensors
         operator, damping, dtype = ctx.operator, ctx.damping, grad_eigvec.dtype

@@ -60,7 +60,7 @@ class GraphBuilder(nn.Module):
             *node_args: What else the node class takes, such as boxes.
             edge_index: Another network's graph, or its ``edge_index``, whose topology is used: the weights are evaluated on these edges,
                 in their order, and none is dropped. A graph also tells how many edges each of its graphs has; for a tensor they are
-                counted (which waits for a GPU) unless it is as long as this builder's own.
+                counted, or on a GPU, which would have to be waited for, taken for the same number if there are as many as it makes itself.
         """
         nodes = self.nodes(features, *node_args)
         if not hasattr(nodes, "mask"):
@@ -121,10 +121,10 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
     if slices is None:
         slots = getattr(weigh, "slots", None)
         own = None if slots is None or nodes.mask is not None else slots(nodes.x.shape[1])
-        if own is not None and edge_index.shape[1] == num_graphs * own:
-            slices = static_tensors(_uniform_slices, num_graphs, own)[0]
-        else:
+        if own is None or edge_index.shape[1] != num_graphs * own or edge_index.device.type == "cpu":
             slices = _count_edges(layout.batch[edge_index[1]], num_graphs)
+        else:
+            slices = static_tensors(_uniform_slices, num_graphs, own)[0]
     return _assemble(layout, nodes, edges._replace(edge_index=edge_index), slices, attributes)
 
 

@@ -76,9 +76,7 @@ class SimilarityEdges(nn.Module):
         edge_index = check_edge_index(edge_index, batch_size * num_nodes, batch_size * num_nodes)
         exists = edge_index[0] >= 0 if self.self_loops else edge_index[0] != edge_index[1]
         slots = edge_index.clamp(min=0)
-        # As many edges as this class itself would make: the same number in each graph. Else their graphs have to be looked up.
-        uniform = nodes.mask is None and edge_index.shape[1] == batch_size * self.slots(num_nodes)
-        graph = None if uniform else torch.div(slots[1], max(num_nodes, 1), rounding_mode="floor")
+        graph = torch.div(slots[1], max(num_nodes, 1), rounding_mode="floor")
         return Edges(edge_index, self.similarity.weights(self.given_scores(x, slots), exists, graph, batch_size))
 
     def given_scores(self, x: Tensor, edge_index: Tensor) -> Tensor:
@@ -117,8 +115,9 @@ class NeighborEdges(SimilarityEdges):
         source, exists, scores = self.choose(x, nodes)
         edge_index = neighbor_index(source, exists, self.symmetrize)
         if self.symmetrize == "union":  # the reverse edges have the scores of the others: these are computed once
-            directed = edge_index.view(2, batch_size, 2, -1)[:, :, 0].reshape(2, -1)
-            score = self.similarity.edge_scores(x, x, directed, scores).view(batch_size, 1, -1).expand(-1, 2, -1).reshape(-1)
+            half = source.shape[1] * source.shape[2]
+            directed = edge_index.view(2, batch_size, 2, half)[:, :, 0].reshape(2, -1)
+            score = self.similarity.edge_scores(x, x, directed, scores).view(batch_size, 1, half).expand(-1, 2, -1).reshape(-1)
         else:
             score = self.similarity.edge_scores(x, x, edge_index, scores)
         return Edges(edge_index, self.similarity.weights(score, edge_index[0] != edge_index[1], None, batch_size))

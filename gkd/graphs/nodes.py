@@ -183,8 +183,10 @@ class RegionNodes(nn.Module):
             raise ValueError(f"Expected image_size (height, width) in pixels (got {tuple(image_size)})")
         counts = [_num_boxes(index, box) for index, box in enumerate(boxes)]
         size = max(counts, default=0)
-        slots = [index * size + i for index, count in enumerate(counts) for i in range(count)]
-        slot = torch.tensor(slots, dtype=torch.long, device=features.device)
+        sizes = torch.tensor(counts, dtype=torch.long)
+        image = torch.arange(batch_size).repeat_interleave(sizes)
+        slot = torch.arange(sum(counts)) + (image * size - (sizes.cumsum(0) - sizes)[image])
+        image, slot = image.to(features.device), slot.to(features.device)
         corners = torch.cat(list(boxes)) if boxes else features.new_zeros(0, 4)
         corners = full_precision(corners.detach().to(features.device))
         if not torch.compiler.is_compiling():
@@ -195,7 +197,6 @@ class RegionNodes(nn.Module):
         low, high = (corners[:, side].clamp(min=0).minimum(limit) for side in (slice(0, 2), slice(2, 4)))
         inside = (high > low).all(dim=1)
         # Boxes go to feature coordinates here, not by spatial_scale, which is one number for both axes.
-        image = torch.div(slot, max(size, 1), rounding_mode="floor")
         rois = torch.cat((image[:, None].to(features.dtype), (low * scale).to(features.dtype), (high * scale).to(features.dtype)), dim=1)
         rows = self.roi_align(features, rois, self.output_size, 1.0).flatten(1)
         places = (torch.cat((low + high, 2 * (high - low)), dim=1) / limit.repeat(2) / 2).to(features.dtype)

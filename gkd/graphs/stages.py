@@ -102,9 +102,7 @@ class StageGraph(nn.Module):
         self._check(rows)
         projected = [Nodes(x, part.pos, part.mask) for x, part in zip(rows, parts, strict=True)]
         nodes = _joined(projected)
-        stage = torch.arange(len(parts), device=nodes.x.device).repeat_interleave(
-            torch.tensor([x.shape[1] for x in rows], device=nodes.x.device), output_size=nodes.x.shape[1]
-        )
+        stage = torch.cat([torch.full((x.shape[1],), i, device=x.device) for i, x in enumerate(rows)])
         attributes = {"stage": stage.expand(nodes.x.shape[0], -1)}
         if edge_index is None:
             graph = build_batch(nodes, self._own_edges(parts, projected, nodes.x.shape[1]), **attributes)
@@ -157,9 +155,10 @@ class StageGraph(nn.Module):
         weight = parts[0].x.new_zeros(edge_index.shape[1])
 
         def weigh(source: int, target: int, weight: Tensor) -> Tensor:
-            places = torch.stack([local[side] - starts[s] for side, s in enumerate((source, target))])
-            inside = ((places >= 0) & (places < places.new_tensor([[sizes[source]], [sizes[target]]]))).all(dim=0)
-            block = torch.where(inside, graph * graph.new_tensor([[sizes[source]], [sizes[target]]]) + places, -1)
+            places = [local[side] - starts[s] for side, s in enumerate((source, target))]
+            inside = (places[0] >= 0) & (places[0] < sizes[source]) & (places[1] >= 0) & (places[1] < sizes[target])
+            numbers = [graph[side] * sizes[s] + places[side] for side, s in enumerate((source, target))]
+            block = torch.where(inside, torch.stack(numbers), -1)
             if source == target:
                 edges = self._builders[source].edges(parts[source], block)
             else:

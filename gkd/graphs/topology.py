@@ -36,33 +36,38 @@ class Edges(NamedTuple):
     factor: Tensor | None = None
 
 
-def static_tensors(build: Callable[..., tuple[Tensor, ...]], *key: object) -> tuple[Tensor, ...]:
+def static_tensors(build: Callable[..., tuple[Tensor, ...]], *key: object, large: bool = False) -> tuple[Tensor, ...]:
     """Index tensors that depend on sizes and device only, from a small cache.
 
     They are shared between graphs. Should somebody write into one of them all the same, it is built anew. Under torch.compile they are
     computed in the compiled code; under inference mode they are built as ordinary tensors, since autograd may meet them later.
+    Of large ones only a few are kept.
     """
     if torch.compiler.is_compiling():
         return build(*key)
-    tensors, versions = _cached(build, *key)
+    cached = _few_cached if large else _cached
+    tensors, versions = cached(build, *key)
     if tuple(t._version for t in tensors) != versions:
-        _cached.cache_clear()
-        tensors, _ = _cached(build, *key)
+        cached.cache_clear()
+        tensors, _ = cached(build, *key)
     return tensors
 
 
-@functools.lru_cache(maxsize=64)
-def _cached(build: Callable[..., tuple[Tensor, ...]], *key: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _built(build: Callable[..., tuple[Tensor, ...]], *key: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     with torch.inference_mode(False):
         tensors = build(*key)
         return tensors, tuple(t._version for t in tensors)
+
+
+_cached = functools.lru_cache(maxsize=64)(_built)
+_few_cached = functools.lru_cache(maxsize=4)(_built)
 
 
 def complete_index(batch_size: int, num_nodes: int, self_loops: bool, device: torch.device) -> Tensor:
     """All pairs of nodes of the same graph, target by target: [2, B * n * n], or n * (n - 1) a graph without self-loops."""
     if batch_size * num_nodes**2 > _LARGEST_CACHED // 2:
         return _complete_index(batch_size, num_nodes, self_loops, device)[0]
-    return static_tensors(_complete_index, batch_size, num_nodes, self_loops, device)[0]
+    return static_tensors(_complete_index, batch_size, num_nodes, self_loops, device, large=True)[0]
 
 
 def _complete_index(batch_size: int, num_nodes: int, self_loops: bool, device: torch.device) -> tuple[Tensor]:

@@ -55,7 +55,7 @@ class GraphLoss(nn.Module):
         >>> from gkd.graphs import ChannelNodes, GraphBuilder, KNNEdges
         >>> loss = GraphLoss(GraphBuilder(ChannelNodes(), KNNEdges(k=2)), {"vertex": VertexLoss(), "edge": EdgeLoss()})
         >>> features = torch.rand(2, 8, 4, 4)
-        >>> loss(features, 3 * features)
+        >>> loss(features, 2 * features)
         {'vertex': tensor(0.), 'edge': tensor(0.)}
     """
 
@@ -134,6 +134,12 @@ class GraphLoss(nn.Module):
 
     def graphs(self, student_map: Tensor, teacher_map: Tensor, *node_args: Any) -> tuple[Batch, Batch]:
         """Builds the two graphs that the terms compare."""
+        channels = student_map.size(1), teacher_map.size(1)
+        if self.topology != "each" and isinstance(self.builder.nodes, ChannelNodes) and channels[0] != channels[1]:
+            raise ValueError(
+                f"Expected equally many channels for graphs that share their edges (got student {channels[0]}, teacher {channels[1]}): "
+                "send the student's map through a ChannelAdapter, or take topology='each'"
+            )
         build_teacher = self.builder if self.teacher_builder is None else self.teacher_builder
         student = self.builder(student_map, *node_args) if self.topology != "teacher" else None
         with torch.no_grad():

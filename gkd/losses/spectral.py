@@ -20,20 +20,21 @@ KERNELS = ("full", "signature", "trace")
 TIMES = (1.0, 2.0, 4.0)
 
 
-def residual_loss(student: Batch | Spectrum, teacher: Batch | Spectrum, num_eig: int = 8, drop_trivial: bool = False) -> Tensor:
+def residual_loss(student: Batch | Spectrum, teacher: Batch | Spectrum, num_eig: int = 8, drop_trivial: bool = True) -> Tensor:
     r"""Asks the teacher's eigenpairs to be eigenpairs of the student's Laplacian; the student's are never computed.
 
     .. math:: \frac{1}{B} \sum_b \frac{1}{q} \lVert L_s U_t - U_t \Lambda_t \rVert_F^2
 
     Zero if and only if the q pairs are eigenpairs of the student too. Unchanged by signs, and by any rotation inside a repeated
-    eigenvalue of the teacher; equivariant to a permutation of the nodes of both. Between 0 and 4 for normalised Laplacians, whatever B,
-    n and q. A student graph with a node attribute ``factor`` is not made dense.
+    eigenvalue that the q pairs hold as a whole; equivariant to a permutation of the nodes of both. Between 0 and 4 for normalised
+    Laplacians, whatever B, n and q. A student graph with a node attribute ``factor`` is not made dense.
 
     Args:
         student: The student's graphs.
         teacher: The teacher's; get no gradient.
         num_eig: Number q of pairs, the lowest; a graph that has fewer is averaged over those that it has.
-        drop_trivial: Whether the whole kernel of the teacher, one vector for every component, is left out.
+        drop_trivial: Whether the whole kernel of the teacher is left out. It has a vector for every component, and so for every
+            isolated node: with it, the dead channels of a network would be most of what is compared.
 
     Shapes:
         - **student**, **teacher**: B graphs of equally many nodes; **output** scalar
@@ -58,7 +59,7 @@ def projector_loss(
     teacher: Batch | Spectrum,
     num_eig: int = 8,
     cut: Literal["weighted", "largest", "fixed"] = "weighted",
-    drop_trivial: bool = False,
+    drop_trivial: bool = True,
 ) -> Tensor:
     r"""Compares the spaces that the lowest eigenvectors span.
 
@@ -77,7 +78,8 @@ def projector_loss(
         teacher: The teacher's; get no gradient.
         num_eig: Number of pairs.
         cut: 'weighted', 'largest' or 'fixed'.
-        drop_trivial: Whether both kernels are left out as a whole. Kept, the comparison does not jump when the student's graph falls apart.
+        drop_trivial: Whether both kernels, one vector for every component, are left out as a whole. Kept, the value does not jump when
+            the student's graph falls apart, but isolated nodes such as dead channels are most of what is compared.
 
     Shapes:
         - **student**, **teacher**: B graphs of equally many nodes; **output** scalar
@@ -219,7 +221,7 @@ class SpectralLoss(nn.Module):
         cut: Literal["weighted", "largest", "fixed"] = "weighted",
         kernel: Literal["full", "signature", "trace"] = "full",
         times: Sequence[float] = TIMES,
-        drop_trivial: bool = False,
+        drop_trivial: bool = True,
     ) -> None:
         super().__init__()
         _expect("form", form, FORMS)

@@ -42,7 +42,7 @@ def _standardize(x: Tensor, mask: Tensor) -> Tensor:
     centred = (x - x.sum(dim=(1, 2), keepdim=True) / count).where(exists, 0.0)
     variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
     # What rounding leaves of a constant is no variation.
-    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().amax(dim=(1, 2), keepdim=True)
+    rounding = (64 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum(dim=(1, 2), keepdim=True) / count
     varies = variance > rounding.clamp(min=torch.finfo(x.dtype).tiny)
     return centred * torch.where(varies, variance.where(varies, 1.0).rsqrt(), 0.0)
 

@@ -1,0 +1,289 @@
+"""What a library of detectors has to offer, so that one task, one distiller and one configuration serve all of them."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from gkd.errors import UserError
+
+if TYPE_CHECKING:
+    from gkd.engine import RunFolder, Summary, Trainer
+
+ARCHITECTURES = ("faster_rcnn", "retinanet", "fcos")
+BACKENDS = {"torchvision": "gkd.detection.torchvision", "detectron2": "gkd.detection.detectron2"}
+
+Images = Sequence[Tensor]
+"""Of every image [3, h_i, w_i] uint8, RGB, resized and flipped by the data; neither normalised nor padded, which each network does in its
+own way."""
+
+Targets = Sequence[Mapping[str, Any]]
+"""Of every image the ``boxes`` [n_i, 4] float (x1, y1, x2, y2) in pixels of the image as given, n_i may be 0; their ``labels`` [n_i] long,
+counted from 0 in the order of the data's classes; the ``image_id`` (int) of the annotations, and the ``size`` (height, width) of the image
+before it was resized."""
+
+
+class Detections(NamedTuple):
+    """What was found in one image, best first.
+
+    Shapes:
+        - **boxes** [n, 4] (x1, y1, x2, y2) in pixels of the image as it was given; **scores** [n]; **labels** [n] long, in the order of the
+          data's classes
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Output:
+    """What one pass of a student in training gives.
+
+    Attributes:
+        losses: The library's own losses by its own names (``loss_classifier``, ..); their sum is the task's.
+        features: Maps of the levels [B, C, h, w], from shallow to deep, as the heads saw them.
+        image_size: Height and width of the padded batch that the maps were computed from.
+        proposals: Of every image the proposals of a two-stage detector [n_i, 4], best first, in pixels, without gradient; None for one
+            stage.
+    """
+
+    losses: dict[str, Tensor]
+    features: dict[str, Tensor]
+    image_size: tuple[int, int]
+    proposals: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class DetectorNetwork:
+    """How a detector is built, in words that every back end understands; the number of classes comes from the data.
+
+    Args:
+        architecture: ``'faster_rcnn'``, ``'retinanet'`` or ``'fcos'``.
+        backbone: ``'resnet18'``, ``'resnet34'``, ``'resnet50'``, ``'resnet101'``, ``'mobilenet_v2'`` or ``'mobilenet_v3_large'``, with a
+            feature pyramid.
+        weights: Weights of the whole detector: a file, or a name that the library knows (``'DEFAULT'`` in torchvision,
+            ``'detectron2://...'``). A teacher needs them. A dictionary gives them for each back end apart: ``{'detectron2': ..,
+            'torchvision': ..}``.
+        backbone_weights: ImageNet weights of the backbone: a file in torchvision's format or the name of published ones (``'DEFAULT'``);
+            both back ends read them. A dictionary as above. Left out where ``weights`` are given.
+        config: Detectron2 only: a yaml file or LazyConfig, or its name in the model zoo, which then says what is built instead of the two
+            above.
+        num_classes: Classes of the weights, where these are not the data's, as of a teacher of whom features alone are asked.
+        options: Further arguments of the library: keyword arguments of torchvision's constructor, or ``'KEY.NAME': value`` of Detectron2's
+            configuration. A dictionary of dictionaries by back end is taken apart as above.
+    """
+
+    architecture: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"
+    backbone: str = "resnet50"
+    weights: str | Mapping[str, str | None] | None = None
+    backbone_weights: str | Mapping[str, str | None] | None = None
+    config: str | None = None
+    num_classes: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"Expected the architecture {', '.join(map(repr, ARCHITECTURES))} (got {self.architecture!r})")
+
+    def setting(self, name: Literal["weights", "backbone_weights", "options"], backend: str) -> Any:
+        """One of the settings that may be given for each back end apart.
+
+        Examples:
+            >>> network = DetectorNetwork(weights={"detectron2": "detectron2://R-50.pkl"}, options={"trainable_layers": 3})
+            >>> network.setting("weights", "torchvision"), network.setting("options", "torchvision")
+            (None, {'trainable_layers': 3})
+        """
+        value = getattr(self, name)
+        if isinstance(value, Mapping) and value and set(value) <= set(BACKENDS):
+            value = value.get(backend)
+        return dict(value or {}) if name == "options" else value
+
+
+class Detector(ABC):
+    """One network of a library, called the way distillation needs it.
+
+    It is no module: what is trained, saved and exported is `model`, an ordinary network of the library. Boxes are always in pixels of the
+        images as
+    given. As padding goes to the right and below, they are at the same place in the padded batch.
+
+    Attributes:
+        model: The library's network. A student's is in training mode when `forward` is called; the others work in either mode, and change
+            it for no longer than the call.
+        levels: Names of the feature maps, shallow to deep: ``p2`` .. ``p6`` for a map of stride 4 .. 64; one-stage detectors have ``p3`` ..
+            ``p7``.
+        two_stage: Whether there are proposals and `class_logits`.
+    """
+
+    model: nn.Module
+    levels: tuple[str, ...]
+    two_stage: bool
+
+    @abstractmethod
+    def image_size(self, images: Images) -> tuple[int, int]:
+        """Height and width that the images are padded to, together, as this network does it."""
+
+    @abstractmethod
+    def forward(self, images: Images, targets: Targets) -> Output:
+        """Losses and maps of a student from *one* pass of its backbone; the gradient flows through both. Images without boxes are
+        allowed."""
+
+    @abstractmethod
+    def features(self, images: Images) -> dict[str, Tensor]:
+        """Maps of all levels, from transform, backbone and pyramid alone: no head is called. Equal to those that the library computes."""
+
+    @abstractmethod
+    def class_logits(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
+        """Class scores before the softmax of given boxes, for distillation on proposals that student and teacher share.
+
+        Args:
+            features: All levels that the box head reads, of `forward` or `features`.
+            boxes: Of every image [n_i, 4], in pixels.
+            image_size: Height and width of the padded batch.
+
+        Shapes:
+            - **output** [sum n_i, K + 1]: the data's classes in their order, then the background, whatever order the library has
+
+        Raises:
+            UserError: If the network has one stage, or other classes than the data.
+        """
+
+    @abstractmethod
+    def detect(self, images: Images) -> list[Detections]:
+        """What the network finds, in eval mode and without gradient."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Writes the network alone, atomically, so that the plain library reads it strictly (`load_state_dict`,
+        `DetectionCheckpointer`)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training needs: the arguments of `Trainer.fit`, and the trainer."""
+
+    trainer: Trainer
+    distiller: nn.Module
+    batches: Callable[..., Iterator[tuple]]
+    steps_per_epoch: int
+    samples_per_step: int
+    evaluate: Callable[[], Mapping[str, Any]]
+    describe: Callable[[tuple], str]
+    score: str
+    folder: RunFolder
+    resume: bool = False
+
+
+class Backend(ABC):
+    """A library of detectors: builds networks, trains and evaluates them.
+
+    The methods that are not abstract do it in gkd's own way, which is the same for all libraries: batches by `gkd.data`, steps by
+    `Trainer.fit`, numbers by `gkd.detection.evaluate`. A back end replaces them where its library has a way of its own. A back end is
+    constructed by gin without arguments, or with options of its own: ``Detection.backend = @Detectron2Backend()``.
+
+    Attributes:
+        name: ``'torchvision'`` or ``'detectron2'``.
+        antialias: How the data resize images: with a smoothing filter (as PIL does) or without (as torchvision's detectors do).
+        checkpoint_name: File name of the student in the library's own format, in the run folder.
+    """
+
+    name: str
+    antialias: bool = False
+    checkpoint_name: str = "student.pth"
+
+    @abstractmethod
+    def build_student(self, network: DetectorNetwork, data: Any) -> Detector:
+        """Builds the network to train, on the CPU.
+
+        Args:
+            network: What to build.
+            data: A `gkd.data.DetectionData`: ``num_classes``, ``classes``, and ``category_ids``, the number of each class in its
+                annotations.
+
+        Raises:
+            UserError, ValueError, FileNotFoundError: If it cannot be built or its weights do not fit; the message says what to do.
+        """
+
+    @abstractmethod
+    def build_teacher(self, network: DetectorNetwork, data: Any) -> Detector:
+        """Builds the network to learn from: with weights, or a UserError; frozen and in eval mode (`gkd.models.Teacher` keeps it so)."""
+
+    def batches(
+        self, data: Any, split: str, batch_size: int, **options: Any
+    ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]], Tensor]]:
+        """Batches (images, targets, index) of a split, by ``data.batches``, which documents the options: epoch, start, seed, rank,
+        world_size, device."""
+        return data.batches(split, batch_size, antialias=self.antialias, **options)
+
+    def fit(self, job: Job) -> Summary:
+        """Trains to the end, or to ``Trainer.max_steps``; checkpoints such that ``job.resume`` continues."""
+        return job.trainer.fit(
+            job.distiller,
+            job.batches,
+            steps_per_epoch=job.steps_per_epoch,
+            samples_per_step=job.samples_per_step,
+            evaluate=job.evaluate,
+            describe=job.describe,
+            score=job.score,
+            folder=job.folder,
+            resume=job.resume,
+        )
+
+    def evaluate(self, detector: Detector, data: Any, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
+        """Record of one evaluation; see `gkd.detection.evaluate.evaluate_detector`.
+
+        Args:
+            detector: The student; its model is back in the mode it was in afterwards.
+            data: Gives the true boxes (``data.annotations(split)``, in COCO's form) and ``data.metric``, ``'coco'`` or ``'voc'``.
+            split: Name of the split.
+            batches: Gives this process's batches of the split, the same each time.
+
+        Returns:
+            ``split`` and, in percent, for COCO ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP/CLASS`` of every class; for
+            VOC ``AP50`` and ``AP50/CLASS``. What there are no true boxes for is None.
+        """
+        from gkd.detection.evaluate import evaluate_detector
+
+        return evaluate_detector(detector, data, split, batches)
+
+
+def choose_backend(backend: str | Backend | None = None) -> tuple[Backend, str | None]:
+    """Finds the back end: the one named, or else Detectron2 where it can be imported, or else torchvision.
+
+    Returns:
+        The back end, and a line for the user where the choice was not asked for.
+
+    Raises:
+        UserError: If the name is unknown, or the library that was asked for is absent.
+    """
+    if isinstance(backend, Backend):
+        return backend, None
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise UserError(f"Expected the back end {' or '.join(map(repr, BACKENDS))} (got {backend!r}). Correct Detection.backend.")
+        return _load(backend), None
+    try:
+        importlib.import_module("detectron2")
+    except ImportError:
+        note = "Detectron2 is not installed: using torchvision's detectors. Choose with Detection.backend = 'torchvision' or 'detectron2'."
+        return _load("torchvision"), note
+    return _load("detectron2"), "Using Detectron2's detectors. Choose with Detection.backend = 'torchvision' or 'detectron2'."
+
+
+def _load(name: str) -> Backend:
+    try:
+        module = importlib.import_module(BACKENDS[name])
+    except ImportError as error:
+        if name != "detectron2":
+            raise
+        raise UserError(
+            f"Expected Detectron2 to be installed for Detection.backend = 'detectron2' (got: {error}). Install it as "
+            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html says, or set Detection.backend = 'torchvision'."
+        ) from error
+    return module.BACKEND()

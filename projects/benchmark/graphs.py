@@ -8,19 +8,12 @@ stands beside our forward and backward.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import platform
-import resource
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch_geometric
+from measure import Run, in_child, machine, peak_memory, time_in_turns, timed, write_json
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import AddLaplacianEigenvectorPE
@@ -29,7 +22,9 @@ from torch_geometric.utils import to_undirected
 from gkd.graphs import ChannelNodes, CompleteEdges, GraphBuilder, KNNEdges, LaplacianEncoding
 from gkd.graphs.builder import build_batch
 
-__all__ = ["benchmark_graphs"]
+__all__ = ["GraphBenchmark"]
+
+PRELOAD = ("gkd.graphs", "torch_geometric.transforms", "scipy.sparse.linalg")
 
 
 class Setting(NamedTuple):
@@ -41,9 +36,6 @@ class Setting(NamedTuple):
     num_eig: int
     k: int
     device: str
-
-
-Run = Callable[[], Any]
 
 
 def feature_maps(setting: Setting, gradient: bool = False) -> Tensor:
@@ -151,67 +143,11 @@ TASKS: dict[str, dict[str, Callable[[Setting], Run]]] = {
 }
 
 
-def timed(run: Run, device: str) -> float:
-    """Seconds of one run: device events on a GPU, the wall clock otherwise."""
-    if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def time_in_turns(runs: dict[str, Run], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each after one warm-up; taking turns, so that whatever slows the machine slows both."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(timed(run, device))
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def memory_probe(task: str, side: str, setting: Setting, threads: int) -> float:
     """MiB that one run needs at its peak beyond what was there before; runs in a process of its own."""
     torch.set_num_threads(threads)
     TASKS[task][side](setting._replace(images=2, channels=2 * setting.num_eig))()  # load what is loaded on first use
-    run = TASKS[task][side](setting)
-    if torch.device(setting.device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with suppress(OSError):  # Linux: forget the peak so far
-        Path("/proc/self/clear_refs").write_text("5")
-    kib = 1 if platform.system() == "Linux" else 1024  # macOS counts bytes
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / kib / 1024
-
-
-def peak_memory(task: str, side: str, setting: Setting, threads: int) -> float:
-    """MiB at the peak of one run, measured in a child process that does nothing else."""
-    context = multiprocessing.get_context("forkserver" if platform.system() == "Linux" else "spawn")
-    context.set_forkserver_preload(["gkd.graphs", "torch_geometric.transforms", "scipy.sparse.linalg"])
-    with context.Pool(1) as pool:
-        return pool.apply(memory_probe, (task, side, setting, threads))
-
-
-def machine(device: str, threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpu = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    named = {"cpu": cpu, "threads": threads, "python": platform.python_version()}
-    if torch.device(device).type == "cuda":
-        named["gpu"] = torch.cuda.get_device_name(device)
-    return {**named, "torch": torch.__version__, "torch_geometric": torch_geometric.__version__}
+    return peak_memory(TASKS[task][side](setting), setting.device)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -235,17 +171,8 @@ def images_of(task: str, side: str, channels: int, batch_size: int) -> int:
     return max(1, fewer if side == "gkd" or "eigenpairs" not in task else fewer // 8)
 
 
-def benchmark_graphs(
-    batch_size: int = 64,
-    channels: Sequence[int] = (64, 128, 256, 512, 2048),
-    grid: int = 8,
-    num_eig: int = 8,
-    k: int = 8,
-    repeats: int = 5,
-    threads: int = 2,
-    device: str = "cpu",
-    output: str | None = "runs/benchmark/graphs.json",
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GraphBenchmark:
     """Times graph building and spectra against PyG's way and prints one table.
 
     Args:
@@ -258,37 +185,56 @@ def benchmark_graphs(
         threads: CPU threads of torch, the same on both sides.
         device: Where our side runs, and theirs but for the eigenvectors.
         output: JSON file of the result; None writes none.
-
-    Returns:
-        ``machine`` and ``rows``: task, channels, images, ms_per_image, ratio and peak_mib.
     """
-    torch.set_num_threads(threads)
-    rows = []
-    for task, sides in TASKS.items():
-        for number in channels:
-            settings = {
-                side: Setting(images_of(task, side, number, batch_size), number, grid, min(num_eig, number - 2), min(k, number - 1), device)
-                for side in sides
-            }
-            runs = {side: make(settings[side]) for side, make in sides.items()}
-            once = timed(runs["PyG"], device)
-            seconds = time_in_turns(runs, repeats if once < 10 else 1, device)
-            per_image = {side: 1000 * seconds[side] / settings[side].images for side in sides}
-            rows.append(
-                {
-                    "task": task,
-                    "channels": number,
-                    "images": {side: settings[side].images for side in sides},
-                    "ms_per_image": per_image,
-                    "ratio": per_image["PyG"] / per_image["gkd"],
-                    "peak_mib": {side: peak_memory(task, side, settings[side], threads) for side in sides},
+
+    batch_size: int = 64
+    channels: Sequence[int] = (64, 128, 256, 512, 2048)
+    grid: int = 8
+    num_eig: int = 8
+    k: int = 8
+    repeats: int = 5
+    threads: int = 2
+    device: str = "cpu"
+    output: str | None = "runs/benchmark/graphs.json"
+
+    def run(self) -> dict[str, Any]:
+        """Measures, prints the table and writes the JSON file.
+
+        Returns:
+            ``machine`` and ``rows``: task, channels, images, ms_per_image, ratio and peak_mib.
+        """
+        torch.set_num_threads(self.threads)
+        rows = []
+        for task, sides in TASKS.items():
+            for number in self.channels:
+                settings = {
+                    side: Setting(
+                        images_of(task, side, number, self.batch_size),
+                        number,
+                        self.grid,
+                        min(self.num_eig, number - 2),
+                        min(self.k, number - 1),
+                        self.device,
+                    )
+                    for side in sides
                 }
-            )
-    options = {"batch_size": batch_size, "grid": grid, "num_eig": num_eig, "k": k, "repeats": repeats, "device": device}
-    result = {"machine": machine(device, threads), "options": options, "rows": rows}
-    print(table(result))
-    if output is not None:
-        path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+                runs = {side: make(settings[side]) for side, make in sides.items()}
+                once = timed(runs["PyG"], self.device)
+                seconds = time_in_turns(runs, self.repeats if once < 10 else 1, self.device)
+                per_image = {side: 1000 * seconds[side] / settings[side].images for side in sides}
+                rows.append(
+                    {
+                        "task": task,
+                        "channels": number,
+                        "images": {side: settings[side].images for side in sides},
+                        "ms_per_image": per_image,
+                        "ratio": per_image["PyG"] / per_image["gkd"],
+                        "peak_mib": {
+                            side: in_child(memory_probe, task, side, settings[side], self.threads, preload=PRELOAD) for side in sides
+                        },
+                    }
+                )
+        result = {"machine": machine(self.device, self.threads), "options": asdict(self), "rows": rows}
+        print(table(result))
+        write_json(result, self.output)
+        return result

@@ -1,12 +1,12 @@
 """Runs a benchmark: python projects/benchmark/run.py --gin gin/benchmark/graphs.gin
 
-The file gin/benchmark/NAME.gin configures the function benchmark_NAME of projects/benchmark/NAME.py; further --gin files and --set bindings
-change its sizes.
+The file gin/benchmark/NAME.gin configures the class in projects/benchmark/NAME.py; further --gin files and --set bindings change its sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,22 +15,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from gkd.config import configure
+from gkd.config import ROOT, configure
 from gkd.errors import UserError
 
 
 def run(files: Sequence[str], overrides: Sequence[str]) -> None:
     name = Path(files[0]).stem
-    known = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem != "run")
+    known = sorted(file.stem for file in (ROOT / "gin" / "benchmark").glob("*.gin"))
     if name not in known:
         raise UserError(f"Expected the first --gin file to be named after a benchmark, {', '.join(known)} (got {files[0]})")
-    configure(files, overrides, modules=(name,)).build(f"benchmark_{name}")
+    (root,) = importlib.import_module(name).__all__
+    configure(files, overrides, modules=(name,)).build(root).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--gin", action="append", required=True, metavar="FILE", help="configuration; several are read one after the other")
-    parser.add_argument("--set", action="append", default=[], metavar="BINDING", help="such as 'benchmark_graphs.device = \"cuda\"'")
+    parser.add_argument("--set", action="append", default=[], metavar="BINDING", help="such as 'GraphBenchmark.device = \"cuda\"'")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     try:

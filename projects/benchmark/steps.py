@@ -1,0 +1,132 @@
+"""What a training step costs with each method, beside the student alone and beside KD in the same run.
+
+Every row is a file of gin/methods or gin/base on top of one pair; networks start from random weights, images are noise: neither changes the
+cost. A step is what the engine does: forward of student and teacher, losses, backward, optimiser.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Run, in_child, machine, peak_memory, time_in_turns, write_json
+from safetensors.torch import save_file
+
+from gkd.config import configure
+from gkd.engine.run import count_parameters
+from gkd.models import build_classifier
+
+__all__ = ["StepBenchmark"]
+
+
+def training_step(files: list[str], bindings: list[str]) -> tuple[Run, int]:
+    """A function that takes one step, and the number of parameters that distillation adds."""
+    task = configure(files, bindings).build("Classification")
+    trainer, distiller = task.trainer, task.distiller
+    if trainer.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    module, optimizer = trainer.fabric.setup(distiller, trainer.optimizer(distiller))
+    distiller.progress(1e6)  # past every ramp
+    module.train()
+    images, targets, index = next(iter(task.data.batches("train", task.batch_size, device=trainer.device)))
+    if trainer.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        trainer.fabric.backward(torch.stack(list(module(images, targets, index).values())).sum())
+        optimizer.step()
+
+    return run, count_parameters(distiller) - count_parameters(task.student)
+
+
+def memory_probe(files: list[str], bindings: list[str], device: str, threads: int) -> float:
+    """MiB that the second step needs beyond weights, gradients and optimiser state; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    run, _ = training_step(files, bindings)
+    run()
+    return peak_memory(run, device)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The rows as text."""
+    head = f"{'':28} {'ms/step':>9} {'to alone':>9} {'to KD':>9} {'peak MiB':>9} {'to KD':>9} {'parameters':>11}"
+    lines = [", ".join(f"{name} {value}" for name, value in result["machine"].items()), head, "-" * len(head)]
+    first, kd = result["rows"][0], next((row for row in result["rows"] if row["method"] == "KD"), result["rows"][0])
+    for row in result["rows"]:
+        times = f"{row['ms']:9.1f} {row['ms'] / first['ms']:8.2f}x {row['ms'] / kd['ms']:8.2f}x"
+        memory = f"{row['peak_mib']:9.0f} {row['peak_mib'] / max(kd['peak_mib'], 1):8.2f}x"
+        lines.append(f"{row['method']:28} {times} {memory} {row['parameters']:11,}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """Times a step of each method and prints one table; the first row is what 'to alone' refers to, the row 'KD' what 'to KD' does.
+
+    Args:
+        pair: gin file of the two networks.
+        teacher: Name of the teacher in it.
+        methods: gin file by name of the row.
+        bindings: Further bindings for every row.
+        num_classes: Classes of the noise images.
+        input_size: Channels, height and width of them.
+        batch_size: Images of a step.
+        precision: As of the trainer.
+        repeats: Timed steps of each row, in turns; the median counts.
+        threads: CPU threads of torch.
+        device: 'cpu' or 'cuda'.
+        output: JSON file of the result; None writes none.
+    """
+
+    pair: str
+    teacher: str
+    methods: Mapping[str, str]
+    bindings: tuple[str, ...] = ()
+    num_classes: int = 100
+    input_size: tuple[int, int, int] = (3, 32, 32)
+    batch_size: int = 64
+    precision: str = "bf16-mixed"
+    repeats: int = 10
+    threads: int = 2
+    device: str = "cpu"
+    output: str | None = "runs/benchmark/steps.json"
+
+    def run(self) -> dict[str, Any]:
+        """Measures, prints the table and writes the JSON file.
+
+        Returns:
+            ``machine`` and ``rows``: method, ms, peak_mib and parameters (those that distillation adds).
+        """
+        torch.set_num_threads(self.threads)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "teacher.safetensors"
+            save_file(build_classifier(self.teacher, num_classes=self.num_classes).state_dict(), weights)
+            settings = [
+                "Classification.data = @RandomImages()",
+                f"RandomImages.num_classes = {self.num_classes}",
+                f"RandomImages.input_size = {tuple(self.input_size)}",
+                f"RandomImages.num_train = {max(self.num_classes, self.batch_size)}",
+                f"BATCH_SIZE = {self.batch_size}",
+                f"TEACHER_WEIGHTS = '{weights}'",
+                f"Trainer.device = '{self.device}'",
+                f"Trainer.precision = '{self.precision}'",
+                "Trainer.channels_last = True",
+                *self.bindings,
+            ]
+            files = {name: [self.pair, file] for name, file in self.methods.items()}
+            steps = {name: training_step(chosen, settings) for name, chosen in files.items()}
+            seconds = time_in_turns({name: run for name, (run, _) in steps.items()}, self.repeats, self.device)
+            memory = {name: in_child(memory_probe, chosen, settings, self.device, self.threads) for name, chosen in files.items()}
+        rows = [
+            {"method": name, "ms": 1000 * seconds[name], "peak_mib": memory[name], "parameters": parameters}
+            for name, (_, parameters) in steps.items()
+        ]
+        result = {"machine": machine(self.device, self.threads), "options": asdict(self), "rows": rows}
+        print(table(result))
+        write_json(result, self.output)
+        return result

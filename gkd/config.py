@@ -14,7 +14,6 @@ from typing import Any
 
 import gin
 from gin import config_parser
-
 from gkd.errors import UserError
 
 MODULES = ("gkd.graphs", "gkd.losses", "gkd.models", "gkd.distill", "gkd.data", "gkd.engine")
@@ -186,8 +185,8 @@ class Config:
     def _check_reached(self, root: str) -> None:
         """Raises for bindings that no constructor read.
 
-        Those are forgiven that could not be read because a later binding replaced what they belong to: an ablation that replaces the edges of
-        its base leaves the base's `KNNEdges.k` without an owner, and that is what it is for.
+        Those are forgiven that could not be read because a later binding replaced what they belong to: an ablation that replaces the
+        edges of its base leaves the base's `KNNEdges.k` without an owner, and that is what it is for.
         """
         live, read = self._live, _operative_keys()
         reached = {_effective(key, live) for key in read}
@@ -266,9 +265,8 @@ def _check_name(selector: str, place: str) -> None:
         return
     if matches:
         raise UserError(f"Expected one object named {selector} in {place} (got {', '.join(matches)}). Write more of the name.")
-    raise UserError(
-        f"Expected the name of a class or function in {place} (got {selector!r}).{_did_you_mean(difflib.get_close_matches(selector, _registered))}"
-    )
+    near = difflib.get_close_matches(selector, _registered)
+    raise UserError(f"Expected the name of a class or function in {place} (got {selector!r}).{_did_you_mean(near)}")
 
 
 def _parameters(selector: str) -> list[str]:

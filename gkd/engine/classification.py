@@ -73,8 +73,8 @@ class Network:
 class Classification:
     """Trains, evaluates and exports a classifier, with or without a teacher.
 
-    What follows from the parts is wired here and said nowhere else: classes and image size come from the data, the teacher learns the statistics
-    that the images are normalised with, the distiller gets both networks.
+    What follows from the parts is wired here and said nowhere else: classes and image size come from the data, the teacher learns the
+    statistics that the images are normalised with, the distiller gets both networks.
 
     Args:
         student: The network to train.
@@ -126,6 +126,9 @@ class Classification:
         self.student = student.build(self.data.num_classes)
         self.teacher = None if teacher is None else teacher.build_teacher(self.data.num_classes, self.data.mean, self.data.std)
         self.distiller = distiller(student=self.student, teacher=self.teacher, input_size=self.data.input_size)
+        for term in self.distiller.terms.values():
+            if hasattr(term, "set_targets"):  # a memory of the training samples
+                term.set_targets(self.data.targets("train"))
         self.distiller.to(fabric.device)
         if fabric.world_size > 1:
             # The weights above are the same in all processes; draws in training, such as dropout's, are each one's own.
@@ -167,7 +170,9 @@ class Classification:
             resume=resume,
         )
         if not summary.finished:
-            fabric.print(f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps.")
+            fabric.print(
+                f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
+            )
             return None
         return self._finish(folder, summary)
 
@@ -232,7 +237,9 @@ class Classification:
         try:
             self.distiller.load_state_dict(load_checkpoint(path)["model"])
         except RuntimeError as error:
-            raise UserError(f"Expected the networks of the configuration in {path} (got others: {error}). Check --gin and --output.") from error
+            raise UserError(
+                f"Expected the networks of the configuration in {path} (got others: {error}). Check --gin and --output."
+            ) from error
 
     def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
         """Writes the student and the results; the test images are looked at once where others were held out for choices."""
@@ -292,6 +299,8 @@ def load_student(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(f"Expected a student.safetensors at {path} (got no such file)")
     description = read_description(path)
     if "model" not in description:
-        raise UserError(f"Expected a file that gkd wrote at {path} (got weights without a description); use build_classifier(name, weights=...)")
+        raise UserError(
+            f"Expected a file that gkd wrote at {path} (got weights without a description); use build_classifier(name, weights=...)"
+        )
     model = build_classifier(description["model"], num_classes=description["num_classes"], weights=str(path), **description["options"])
     return model.eval(), description

@@ -24,7 +24,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="run folder (default: runs/ and the name of the last --gin file)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="remove what an earlier run wrote to the run folder")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the run folder's student, or else the weights that the file names")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate the run folder's student, or else the weights that the file names"
+    )
     parser.add_argument("--export", choices=("onnx", "torch"), help="write the student as ONNX or as a torch.export program too")
     parser.add_argument("--seed", type=int, help="seed of everything that is drawn")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")

@@ -15,8 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 class ClassifierEvaluator:
     """Top-1, top-5, loss and agreement with the teacher over one split, in percent where they are shares.
 
-    The student is evaluated in float32 whatever it is trained in, so the numbers are those of the exported weights. Under several processes
-    each sees its part of the split and the metrics are combined. The teacher's answers are kept after the first time: they never change.
+    The student is evaluated in float32 whatever it is trained in, so the numbers are those of the exported weights. Under several
+    processes each sees its part of the split with the running statistics of the first, and the metrics are combined. The teacher's answers
+    are kept after the first time: they never change.
 
     Args:
         student: The classifier; it is back in the mode it was in afterwards.
@@ -55,6 +56,9 @@ class ClassifierEvaluator:
         top5 = self._accuracy(min(5, self.num_classes))
         agreement = self._accuracy(1)
         loss = MeanMetric().to(self.device)
+        if torch.distributed.is_initialized():
+            for buffer in self.student.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         modes = [(module, module.training) for module in self.student.modules()]
         self.student.eval()
         answers = []

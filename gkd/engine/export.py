@@ -73,7 +73,9 @@ def export_onnx(model: nn.Module, input_size: Sequence[int], path: Path) -> floa
             warnings.simplefilter("ignore")  # both exporters tell of their inner deprecations
             if importlib.util.find_spec("onnxscript") is not None:
                 shapes = ({0: torch.export.Dim("batch")},)
-                torch.onnx.export(model, (images,), str(temporary), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False, **names)
+                torch.onnx.export(
+                    model, (images,), str(temporary), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False, **names
+                )
             else:
                 axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
                 torch.onnx.export(model, (images,), str(temporary), dynamo=False, dynamic_axes=axes, **names)

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interrupted(Exception):  # noqa: N818  not an error: somebody asked
+class Interrupted(Exception):
     """Training stopped because a signal asked for it.
 
     Args:

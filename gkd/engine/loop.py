@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -228,7 +229,8 @@ class Loop:
         if not self.settings.channels_last:
             return batch
         return tuple(
-            value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.ndim == 4 else value for value in batch
+            value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.ndim == 4 else value
+            for value in batch
         )
 
     # ---------------------------------------------------------------- records
@@ -264,7 +266,7 @@ class Loop:
         self._write("train", {"lr": self.raw_optimizer.param_groups[0]["lr"], **means, "images_per_second": rate})
 
     def _check_finite(self) -> None:
-        """Raises at the first bad step. On an accelerator this waits for the device, so it is called at log points and before anything is kept."""
+        """Raises if a loss was not finite. This waits for the device: on an accelerator it is asked at log points and before saving."""
         bad = self.window.first_bad()
         if bad is None:
             return
@@ -295,15 +297,10 @@ class Loop:
         self.clock.stop()
         random_state = rng_state(self.device)
         try:
-            if self.fabric.world_size > 1:
-                # Running statistics differ between the processes; those of the first are the ones that are saved.
-                for buffer in self.model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-                record = self._write("eval", self.evaluate())
-            else:
-                with self.interrupts.immediate():
-                    numbers = self.evaluate()
-                record = self._write("eval", numbers)
+            # Several processes must stay together: there, an evaluation is finished first.
+            with self.interrupts.immediate() if self.fabric.world_size == 1 else nullcontext():
+                numbers = self.evaluate()
+            record = self._write("eval", numbers)
         except Interrupted as interrupted:
             set_rng_state(random_state, self.device)
             self._stop(interrupted.signum)
@@ -374,7 +371,9 @@ class Loop:
             self.settings.autocast.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
         if len(state["ranks"]) != self.fabric.world_size:
-            self.fabric.print(f"Resuming a run of {len(state['ranks'])} processes with {self.fabric.world_size}: exact up to random numbers.")
+            self.fabric.print(
+                f"Resuming a run of {len(state['ranks'])} processes with {self.fabric.world_size}: exact up to random numbers."
+            )
         own = state["ranks"][self.fabric.global_rank % len(state["ranks"])]
         self.window.load_state_dict(own["window"])
         set_rng_state(own["rng"], self.device)

@@ -32,8 +32,8 @@ class Autocast(MixedPrecision):
 class Trainer:
     """Trains any module that turns a batch into a dictionary of losses, on the CPU, a GPU, or several of either by `torchrun`.
 
-    The sum of the losses is minimised. Batches, evaluation and metrics are arguments of `fit`, so that classifiers and detectors are trained
-    by the same code. No step waits for the device: sums stay there and are read every `log_every` steps.
+    The sum of the losses is minimised. Batches, evaluation and metrics are arguments of `fit`, so that classifiers and detectors are
+    trained by the same code. No step waits for the device: sums stay there and are read every `log_every` steps.
 
     Args:
         epochs: Length of the training.
@@ -42,8 +42,8 @@ class Trainer:
         schedule: Factor of the learning rate as a function of the step.
         precision: ``'32-true'``, ``'bf16-mixed'`` or ``'16-mixed'`` (with loss scaling, which waits for the device every step).
         device: ``'auto'`` (a GPU where there is one), ``'cpu'``, ``'cuda'`` or ``'cuda:1'``.
-        accumulate: Parts into which each batch is cut, one after the other, where it does not fit into memory. The gradient is that of the whole
-            batch, but batch norm and terms between samples see one part at a time.
+        accumulate: Parts into which each batch is cut, one after the other, where it does not fit into memory. The gradient is that of the
+            whole batch, but batch norm and terms between samples see one part at a time.
         clip_norm: Largest norm of the gradient.
         channels_last: Memory format of the module and its images.
         compile: True, or a mode of `torch.compile`.
@@ -52,7 +52,8 @@ class Trainer:
         checkpoint_every: Steps between two checkpoints, besides the one after each evaluation.
         max_steps: Stop after this step with a checkpoint, to go on later. The schedule keeps the full length.
         tensorboard: Write TensorBoard's event files too.
-        find_unused_parameters: For several processes: look in every step for parameters that the losses do not reach. The distiller leaves none.
+        find_unused_parameters: For several processes: look in every step for parameters that the losses do not reach. The distiller
+            leaves none.
     """
 
     def __init__(
@@ -76,7 +77,13 @@ class Trainer:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"Expected the precision {', '.join(map(repr, get_args(Precision)))} (got {precision!r})")
-        counts = {"accumulate": accumulate, "log_every": log_every, "checkpoint_every": checkpoint_every, "max_steps": max_steps, "steps": steps}
+        counts = {
+            "accumulate": accumulate,
+            "log_every": log_every,
+            "checkpoint_every": checkpoint_every,
+            "max_steps": max_steps,
+            "steps": steps,
+        }
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"Expected {name} to be at least 1 (got {count})")
@@ -98,11 +105,13 @@ class Trainer:
         """The processes and their devices; made, and under `torchrun` connected, when first asked for."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         world = int(os.environ.get("WORLD_SIZE", "1"))
+        # Buffers stay each process's own (a memory of samples must not be overwritten); the evaluator takes care of running statistics.
+        strategy = "auto" if world == 1 else DDPStrategy(find_unused_parameters=self.find_unused_parameters, broadcast_buffers=False)
         fabric = Fabric(
             accelerator=self._accelerator,
             devices=local if self._index is None else [self._index],
             num_nodes=max(1, world // local),
-            strategy="auto" if world == 1 else DDPStrategy(find_unused_parameters=self.find_unused_parameters),
+            strategy=strategy,
             plugins=self.autocast,
         )
         fabric.launch()
@@ -134,8 +143,10 @@ class Trainer:
         """Trains to the end, or to `max_steps`.
 
         Args:
-            model: ``model(*batch)`` gives a dictionary of scalar losses. Where it has a method ``progress(epoch)``, that is called before each step.
-            batches: ``batches(epoch=.., start=..)`` iterates over this process's batches of an epoch from step `start` on, the same whenever it is called.
+            model: ``model(*batch)`` gives a dictionary of scalar losses. Where it has a method ``progress(epoch)``, that is called before
+                each step.
+            batches: ``batches(epoch=.., start=..)`` iterates over this process's batches of an epoch from step `start` on, the same
+                whenever it is called.
             steps_per_epoch: Batches in an epoch.
             samples_per_step: Samples in a step over all processes, for the throughput.
             evaluate: Gives the record of an evaluation; called on every process.

@@ -96,11 +96,12 @@ def test_a_signal_leaves_a_checkpoint(uninterrupted, tmp_path, during, signum):
         os.kill(os.getpid(), signum)
 
     handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    if during == "step":
+        settings = {"make": lambda: toy.Toy(hook=lambda call: call == 5 and os.kill(os.getpid(), signum))}
+    else:
+        settings = {"before_evaluation": send}
     with pytest.raises(Interrupted, match=r"after step \d of 12. Go on .* --resume") as interrupted:
-        if during == "step":
-            toy.fit(path, make=lambda: toy.Toy(hook=lambda call: call == 5 and os.kill(os.getpid(), signum)))
-        else:
-            toy.fit(path, before_evaluation=send)
+        toy.fit(path, **settings)
     assert interrupted.value.signum == signum
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert load_checkpoint(path / "checkpoints" / "last.pt")["position"]["step"] == (6 if during == "step" else 4)

@@ -1,0 +1,192 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RUN = """
+Classification.data = @RandomImages()
+RandomImages.num_train = 24
+RandomImages.num_test = 12
+RandomImages.num_classes = 4
+Classification.batch_size = 12
+Classification.student = @student/Network()
+student/Network.name = 'resnet8'
+Classification.trainer = @Trainer()
+Trainer.epochs = 2
+Trainer.tensorboard = False
+Trainer.log_every = 1
+"""
+
+
+def load(repository: Path, name: str):
+    path = repository / "projects" / "classification" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"classification_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train_net(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.gin").write_text(RUN)
+    module = load(repository, "train_net")
+    return lambda *options: module.main(["--gin", "run.gin", "--device", "cpu", *options])
+
+
+def records(path: str) -> list[dict]:
+    lines = [json.loads(line) for line in Path(path, "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def test_train_resume_evaluate_repeat(train_net, capsys, tmp_path):
+    assert train_net("--seed", "3") == 0
+    results = json.loads(Path("runs/run/results.json").read_text())
+    assert results["seed"] == 3
+    config = Path("runs/run/config.gin").read_text()
+    assert "Classification.seed = 3" in config
+
+    # Stopped and resumed: the same log and the same student.
+    assert train_net("--seed", "3", "--output", "cut", "--set", "Trainer.max_steps = 1") == 0
+    assert train_net("--seed", "3", "--output", "cut", "--resume") == 0
+    assert "other bindings than the run had: Trainer.max_steps = None" in capsys.readouterr().out
+    assert records("cut") == records("runs/run")
+    assert Path("cut/student.safetensors").read_bytes() == Path("runs/run/student.safetensors").read_bytes()
+
+    # The run folder's own configuration repeats the run.
+    Path("run.gin").write_text(config)
+    assert train_net("--output", "again") == 0
+    assert records("again") == records("runs/run")
+    assert Path("again/config.gin").read_text() == config
+
+    assert train_net("--output", "again", "--eval-only", "--export", "torch") == 0
+    printed = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
+    assert printed["top1"] == results["final"]["top1"]
+    assert Path("again/student.pt2").is_file()
+    assert not (tmp_path / "runs" / "config").exists()
+
+
+def test_a_used_folder_is_refused_and_overwritten_on_request(train_net, capsys):
+    Path("runs/run").mkdir(parents=True)
+    Path("runs/run/metrics.jsonl").write_text("old\n")
+    assert train_net("--set", "Trainer.epochs = 1") == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train_net("--set", "Trainer.epochs = 1", "--overwrite") == 0
+    assert "old" not in Path("runs/run/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "Trainer.epoch = 1"], r"Did you mean epochs\?"),
+        (["--set", "Trainr.epochs = 1"], r"Did you mean Trainer\?"),
+        (["--set", "studnet/Network.name = 'vgg8'"], "which nothing reads"),
+        (["--set", "student/Network.name = 'resnet7'"], r"while building Classification"),
+        (["--set", "student/Network.weights = 'nowhere.pt'"], "nowhere.pt"),
+        (["--set", "Classification.data = @CIFAR100()", "--set", "CIFAR100.root = 'nowhere'"], "nowhere"),
+        (["--set", "Distiller.taps = {'deep': ('layer3', 'layer3')}", "--set", "Distiller.weights = {'kdd': 1.0}"], "kdd"),
+        (["--gin", "nowhere.gin"], "nowhere.gin"),
+        (["--resume", "--output", "nowhere"], "does not exist"),
+        (["--eval-only"], "Expected a checkpoint"),
+        (["--device", "tpu"], "--device"),
+        (["--set", "Classification.batch_size = 25"], "25"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_message(train_net, capsys, options, message):
+    assert train_net(*options) == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err)
+    assert "Traceback" not in captured.err
+    assert "In call to configurable" not in captured.err
+    assert not any(Path("runs").glob("*/*"))
+
+
+def test_debug_shows_the_traceback(train_net, capsys):
+    assert train_net("--set", "Trainer.epoch = 1", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_wrong_tap_names_the_stage(train_net, capsys, tmp_path):
+    from gkd.models import build_classifier
+
+    torch.save(build_classifier("resnet8", num_classes=4).state_dict(), tmp_path / "teacher.pt")
+    distilled = [
+        "Classification.teacher = @teacher/Network()",
+        "teacher/Network.name = 'resnet8'",
+        "teacher/Network.weights = 'teacher.pt'",
+    ]
+    distilled += [
+        "Classification.distiller = @Distiller",
+        "Distiller.terms = {'at': @ATLoss()}",
+        "Distiller.taps = {'deep': ('layer4', 'layer3')}",
+    ]
+    assert train_net(*(option for binding in distilled for option in ("--set", binding))) == 2
+    assert "layer4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_published_teacher_has_its_accuracy(repository, shared_data, cifar100_root, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    weights = shared_data / "weights" / "cifar100_resnet56-f2eff4c8.pt"
+    bindings = ["--set", f"DATA = '{cifar100_root}'", "--set", f"WEIGHTS = '{weights}'"]
+    options = ["--gin", "gin/classification/cifar100_resnet56_published.gin", "--eval-only", *bindings]
+    assert load(repository, "train_net").main(options) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["top1"] == pytest.approx(72.63, abs=0.05)
+    assert record["top5"] == pytest.approx(91.94, abs=0.05)
+
+
+def test_quickstart_prints_its_table(repository, monkeypatch, tmp_path, capsys):
+    quickstart = load(repository, "quickstart")
+    numbers = {"alone": 90.0, "kd": 92.0, "graph_kd": 94.0}
+    calls = []
+
+    def train(files, bindings, output, log):
+        calls.append((tuple(files), tuple(bindings), output))
+        top1 = 99.0 if output.name == "teacher" else numbers.get(output.parent.name.lower(), 94.0) + int(output.name[-1])
+        record = {"top1": top1, "agreement": top1}
+        return {"student": "resnet20", "final": record, "best": {"top1": top1 + 1}, "seconds": 2.0}
+
+    class Pool:
+        def __init__(self, *_, **__): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def submit(self, function, *arguments):
+            result = function(*arguments)
+            return type("Job", (), {"result": lambda job: result})()
+
+    monkeypatch.setattr(quickstart, "train", train)
+    monkeypatch.setattr(quickstart, "ProcessPoolExecutor", Pool)
+    assert quickstart.main(["--gin", "gin/quickstart_classification.gin", "--output", str(tmp_path)]) == 0
+    assert len(calls) == 1 + 9
+    shown = capsys.readouterr().out
+    # seeds 0, 1, 2 add 0, 1, 2: mean + 1, standard deviation 1
+    assert "| alone      | 91.00 ± 1.00 | 92.00 ± 1.00 | 91.00 ± 1.00 | 2.0     |" in shown
+    assert (tmp_path / "table.md").read_text() in shown
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 9
+    assert quickstart.main(["--gin", "x.gin", "--seeds", "0"]) == 2
+
+
+def test_train_net_is_thin(repository):
+    lines = (repository / "projects" / "classification" / "train_net.py").read_text().splitlines()
+    assert len(lines) < 60
+
+
+def test_help_runs_without_a_gpu_or_data(repository):
+    command = [sys.executable, "projects/classification/train_net.py", "--help"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert all(
+        option in done.stdout for option in ("--gin", "--set", "--output", "--resume", "--eval-only", "--seed", "--device", "--export")
+    )

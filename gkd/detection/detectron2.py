@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ PUBLISHED = {
 class Detectron2Detector(Detector):
     """A model of Detectron2 whose backbone gives feature maps by name: GeneralizedRCNN, RetinaNet, FCOS and their like.
 
-    Images come in RGB, and the model gets them in the channel order that its configuration asks for; it subtracts its own mean, divides by its
-    own standard deviation and pads as its backbone wants. So two models with other habits see the same picture, each as it was trained.
+    Images come in RGB, and the model gets them in the channel order that its configuration asks for; it subtracts its own mean, divides
+    by its own standard deviation and pads as its backbone wants. So two models of other habits see the same picture.
 
     Args:
         model: The model.
@@ -82,10 +82,13 @@ class Detectron2Detector(Detector):
         """Losses and maps of one pass in training mode."""
         from detectron2.utils.events import EventStorage
 
-        network, seen = self._network, {}
+        network = self._network
+        seen: dict[str, Any] = {}
         handles = [network.backbone.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, features=output))]
         if self.two_stage:
-            handles.append(network.proposal_generator.register_forward_hook(lambda module, inputs, output: seen.update(proposals=output[0])))
+            handles.append(
+                network.proposal_generator.register_forward_hook(lambda module, inputs, output: seen.update(proposals=output[0]))
+            )
         try:
             with EventStorage():  # the heads insist on telling somebody how many anchors matched
                 losses = network(self._inputs(images, targets))
@@ -104,7 +107,7 @@ class Detectron2Detector(Detector):
         """Class scores of given boxes."""
         from detectron2.structures import Boxes
 
-        heads = getattr(self.model, "roi_heads", None)
+        heads: Any = getattr(self.model, "roi_heads", None)
         if not self.two_stage or isinstance(getattr(heads, "box_predictor", None), nn.ModuleList | None):
             raise UserError(f"Expected a two-stage detector with one box head for class logits (got {type(self.model).__name__})")
         if self.num_classes is None or heads.num_classes != self.num_classes:
@@ -168,13 +171,24 @@ class Detectron2Backend(Backend):
 
     A network that starts from random weights gets trainable BatchNorm and no frozen stage, whatever the configuration says, for a norm
     frozen at random weights cannot be trained; ``options`` have the last word.
+
+    Training is gkd's, not `DefaultTrainer`'s: one run folder, one command line, one way to resume for both libraries, and that bit for bit,
+    which Detectron2's endless sampler does not offer. Detectron2's optimisers and learning rates go into the trainer as
+    :class:`~gkd.detection.detectron2_solver.Detectron2Optimizer` and ``Detectron2Schedule``, its data sets as
+    :class:`~gkd.detection.detectron2_data.Detectron2Data`.
+
+    Args:
+        evaluator: ``'gkd'``, the same numbers for all libraries; or ``'detectron2'``: `COCOEvaluator`, `PascalVOCDetectionEvaluator`.
     """
 
     name = "detectron2"
     antialias = True  # Detectron2 resizes with PIL
 
-    def __init__(self) -> None:
+    def __init__(self, evaluator: Literal["gkd", "detectron2"] = "gkd") -> None:
         require_detectron2()
+        if evaluator not in ("gkd", "detectron2"):
+            raise UserError(f"Expected the evaluator 'gkd' or 'detectron2' (got {evaluator!r}). Correct Detectron2Backend.evaluator.")
+        self.evaluator = evaluator
 
     def build_student(self, network: DetectorNetwork, data: Any) -> Detectron2Detector:
         """Builds the network to train."""
@@ -191,6 +205,14 @@ class Detectron2Backend(Backend):
         detector.model.requires_grad_(False)
         detector.model.eval()
         return detector
+
+    def evaluate(self, detector: Detector, data: Any, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
+        """Record of one evaluation, by the evaluator chosen."""
+        if self.evaluator == "gkd":
+            return super().evaluate(detector, data, split, batches)
+        from gkd.detection.detectron2_evaluation import evaluate_with_detectron2
+
+        return evaluate_with_detectron2(detector, data, split, batches)
 
     def _build(self, network: DetectorNetwork, data: Any, partial: bool) -> Detectron2Detector:
         weights, backbone_weights = self._weights(network)

@@ -68,7 +68,7 @@ def find_config(source: str) -> Path:
     near = difflib.get_close_matches(str(path), known, n=2)
     listed = f" Did you mean {' or '.join(near)}?" if near else ""
     raise UserError(
-        f"Expected a .yaml or LazyConfig .py file, {', '.join(ARCHITECTURES)}, or a name of Detectron2's model zoo (got {source!r}).{listed}"
+        f"Expected a .yaml or LazyConfig .py file, {', '.join(ARCHITECTURES)}, or a name of its model zoo (got {source!r}).{listed}"
     )
 
 
@@ -143,7 +143,9 @@ def set_backbone(config: Any, name: str) -> None:
         UserError: If the name is unknown or the configuration has no pyramid.
     """
     if name not in BACKBONES:
-        raise UserError(f"Expected the backbone {', '.join(BACKBONES)} (got {name!r}). Others need a Detectron2 configuration of their own.")
+        raise UserError(
+            f"Expected the backbone {', '.join(BACKBONES)} (got {name!r}). Others need a Detectron2 configuration of their own."
+        )
     (_set_lazy_backbone if is_lazy(config) else _set_yaml_backbone)(config, name)
 
 
@@ -179,9 +181,13 @@ def backbone_name(config: Any) -> str:
         name = bottom_up.get("name") or f"resnet{bottom_up.get('stages', {}).get('depth', '?')}"
     else:
         builder = config.MODEL.BACKBONE.NAME
-        name = next((name for name in MOBILENETS if name in builder), f"resnet{config.MODEL.RESNETS.DEPTH}" if "resnet" in builder else builder)
+        name = next(
+            (name for name in MOBILENETS if name in builder), f"resnet{config.MODEL.RESNETS.DEPTH}" if "resnet" in builder else builder
+        )
     if name not in BACKBONES:
-        raise UserError(f"Expected a backbone that torchvision publishes weights of, {', '.join(BACKBONES)} (got {name}). Give a file of weights.")
+        raise UserError(
+            f"Expected a backbone that torchvision publishes weights of, {', '.join(BACKBONES)} (got {name}). Give a file of weights."
+        )
     return str(name)
 
 
@@ -265,7 +271,9 @@ def build_detector(config: Any) -> nn.Module:
     except Exception as error:  # configurations name any code
         raise UserError(f"Expected a Detectron2 configuration that builds (got {type(error).__name__}: {error})") from error
     if not hasattr(getattr(model, "backbone", None), "output_shape"):
-        raise UserError(f"Expected a model with a 'backbone' that gives feature maps by name, as GeneralizedRCNN has (got {type(model).__name__})")
+        raise UserError(
+            f"Expected a model with a 'backbone' that gives feature maps by name, as GeneralizedRCNN has (got {type(model).__name__})"
+        )
     return model
 
 

@@ -40,7 +40,7 @@ def convert_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(("fc.", "classifier.")):
             continue
         for pattern, new in _RENAMED:
-            name = re.sub(pattern, new, name)  # type: ignore[call-overload]
+            name = re.sub(pattern, new, name)
         converted[name] = tensor
     return converted
 
@@ -58,7 +58,7 @@ def is_of_detectron2(weights: str) -> bool:
 
 
 def config_of_weights(weights: str) -> str | None:
-    """The configuration that weights belong to, if they say so: model-zoo weights by their address, those that gkd wrote by the file beside.
+    """The configuration that weights belong to, if they say so: model-zoo weights by their address, gkd's by the file beside.
 
     Examples:
         >>> config_of_weights("detectron2://COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl")
@@ -68,7 +68,9 @@ def config_of_weights(weights: str) -> str | None:
         return weights
     if "://" in weights:
         parts = PurePosixPath(weights.partition("://")[2]).parts
-        folders = [index for index, part in enumerate(parts) if part in ("COCO-Detection", "PascalVOC-Detection", "COCO-InstanceSegmentation")]
+        folders = [
+            index for index, part in enumerate(parts) if part in ("COCO-Detection", "PascalVOC-Detection", "COCO-InstanceSegmentation")
+        ]
         return f"{parts[folders[0]]}/{parts[folders[0] + 1]}.yaml" if folders and len(parts) > folders[0] + 1 else None
     beside = Path(weights).with_suffix(".yaml")
     return str(beside) if beside.is_file() else None
@@ -147,7 +149,7 @@ def _load_with_detectron2(model: nn.Module, path: str) -> tuple[list[str], dict[
     """Loads by Detectron2's own reader, which knows addresses and the names of older formats."""
     from detectron2.checkpoint import DetectionCheckpointer
 
-    class Reader(DetectionCheckpointer):  # type: ignore[misc]
+    class Reader(DetectionCheckpointer):
         """Keeps what did not fit, which the original logs only."""
 
         def _load_model(self, checkpoint: Any) -> Any:
@@ -186,7 +188,9 @@ def _address(weights: str) -> str:
 
 def _check(model: nn.Module, missing: list[str], shapes: Mapping[str, tuple], weights: str) -> None:
     """Raises where a parameter or a statistic was not given; counters, and what follows from the configuration, may lack."""
-    missing = [name for name in missing if not name.endswith(("num_batches_tracked", "pixel_mean", "pixel_std")) and "cell_anchors" not in name]
+    missing = [
+        name for name in missing if not name.endswith(("num_batches_tracked", "pixel_mean", "pixel_std")) and "cell_anchors" not in name
+    ]
     if not missing and not shapes:
         return
     found = [f"nothing for {len(missing)} of {len(model.state_dict())}, such as {', '.join(missing[:3])}"] if missing else []

@@ -144,6 +144,7 @@ class Distiller(nn.Module):
         output, student = self._run_student(self.student_inputs(images, targets), tapped)
         losses: dict[str, Tensor] = {}
         anchors: dict[str, list[Tensor]] = {}
+        self.teacher_logits = None
         if calls:
             teacher_output, teacher = self._run_teacher(self.teacher_inputs(images, targets), tapped)
             options: dict[str, Any] = {}

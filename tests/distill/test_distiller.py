@@ -228,6 +228,7 @@ def test_teacher_does_not_run_when_nothing_needs_it(batch):
     distiller.teacher.register_forward_hook(lambda *_: runs.append(1))
     assert list(distiller(*batch)) == ["task"]
     assert runs == []
+    assert distiller.teacher_logits is None
     distiller.progress(1)
     assert list(distiller(*batch)) == ["task", "kd"]
     assert runs == [1]
@@ -242,7 +243,7 @@ def test_only_used_stages_are_tapped():
 
 def test_ramps_follow_progress(batch):
     distiller = full(weights={"kd": Ramp(value=2.0, up=4)})
-    plain = {}
+    plain: dict[float, float] = {}
     for epoch in (1.0, 2.0, 4.0, 9.0):
         distiller.progress(epoch)
         plain[epoch] = distiller.eval()(*batch)["kd"].item()
@@ -322,13 +323,73 @@ def test_copies_are_independent(batch):
     assert other.teacher is not distiller.teacher
 
 
-def test_compiles(batch):
-    distiller = full(weights={"kd": Ramp(up=8)}).eval()
-    eager = {name: loss.item() for name, loss in distiller(*batch).items()}
-    compiled = torch.compile(distiller, backend="eager")
-    assert {name: loss.item() for name, loss in compiled(*batch).items()} == pytest.approx(eager)
-    distiller.progress(4)
-    assert compiled(*batch)["kd"].item() == pytest.approx(distiller(*batch)["kd"].item())
+@pytest.mark.parametrize("compiled", ["student", "distiller"])
+def test_compiled_steps_equal_eager_ones(batch, compiled):
+    # the ramp moves on and the balance measures in between; neither compiles anything anew
+    results = []
+    for compiles in (False, True):
+        distiller = full(weights={"kd": Ramp(up=8)}, balance=GradientBalance(interval=3))
+        step = distiller
+        if compiles and compiled == "student":
+            distiller.student.compile(backend="aot_eager")
+        elif compiles:
+            step = torch.compile(distiller, backend="eager")
+        torch._dynamo.utils.counters.clear()
+        graphs = []
+        for number in range(1, 8):
+            distiller.progress(number / 2)
+            losses = step(*batch)
+            sum(losses.values()).backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        results.append({name: loss.item() for name, loss in losses.items()})
+        assert graphs[-1] == graphs[3]
+        assert (graphs[-1] > 0) == compiles
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_boxes_reach_the_terms_that_need_them():
+    class Regions(nn.Module):
+        level = "stage"
+        needs_boxes = True
+
+        def forward(self, student, teacher, boxes, image_size):
+            self.seen = (boxes, image_size)
+            return (student.mean() - teacher.mean()).square()
+
+    class Boxes(nn.Module):
+        def forward(self, output, targets):
+            return output.mean()
+
+    term = Regions()
+    distiller = build(terms={"regions": term}, stages={"regions": ["low"]}, task=Boxes())
+    boxes = [torch.zeros(2, 4), torch.zeros(0, 4)]
+    distiller(torch.zeros(2, 3, 8, 6), [{"boxes": box} for box in boxes])
+    assert term.seen == (boxes, (8, 6))
+    with pytest.raises(ValueError, match="Expected images and targets with 'boxes'"):
+        distiller(torch.zeros(2, 3, 8, 6), [{"masks": None}])
+
+
+def _rank(rank, path, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    distiller = full(weights={"fitnet": Ramp(start=1)}, balance=GradientBalance(interval=2))
+    wrapped = nn.parallel.DistributedDataParallel(distiller)
+    generator = torch.Generator().manual_seed(rank)
+    for epoch in (0.0, 0.5, 1.0):  # the hint, and its adapters, come in at the end
+        distiller.progress(epoch)
+        sum(wrapped(torch.randn(4, 3, 8, 8, generator=generator), torch.randint(5, (4,), generator=generator)).values()).backward()
+    results[rank] = (distiller.balance.norms, [parameter.grad for parameter in distiller.parameters()])
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_weigh_alike(tmp_path):
+    context = torch.multiprocessing.get_context("fork")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.start_processes(_rank, (tmp_path / "store", results), nprocs=2, start_method="fork")
+        (norms, gradients), (other_norms, other_gradients) = results[0], results[1]
+    assert torch.equal(norms, other_norms)
+    assert (norms > 0).all()
+    assert all(torch.equal(one, other) for one, other in zip(gradients, other_gradients, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_parts_limit_what_is_computed():
     assert not spies["first"].seen
     assert loss(maps(0), maps(1), parts=[]) == {}
     assert builder.calls == 2
-    with pytest.raises(ValueError, match="Expected 'parts' among first, second .got 'third'"):
+    with pytest.raises(ValueError, match=r"Expected 'parts' among first, second \(got 'third'\)"):
         loss(maps(0), maps(1), parts=["third"])
 
 
@@ -182,7 +182,7 @@ def test_unequal_sizes_are_explained():
         GraphLoss(builder, {"edge": EdgeLoss()}, topology="each")(maps(0, channels=4), maps(1, channels=9))
     with pytest.raises(ValueError, match=r"Expected equal features .*student \[5, 6, 4\], teacher \[5, 6, 9\].*common grid"):
         GraphLoss(builder, {"vertex": VertexLoss()})(maps(0, size=2), maps(1))
-    with pytest.raises(ValueError, match="Expected equally many channels .*got student 4, teacher 9.*topology='each'"):
+    with pytest.raises(ValueError, match=r"Expected equally many channels .*got student 4, teacher 9.*topology='each'"):
         GraphLoss(builder, {"spectrum": SpectralLoss("spectrum")})(maps(0, channels=4), maps(1, channels=9))
 
 
@@ -263,7 +263,7 @@ def test_graphs_are_batches_of_pyg():
 
 def test_bad_options():
     builder = GraphBuilder(PatchNodes(), KNNEdges(k=2))
-    with pytest.raises(ValueError, match="Expected 'topology' to be one of teacher, student, each .got 'both'"):
+    with pytest.raises(ValueError, match=r"Expected 'topology' to be one of teacher, student, each \(got 'both'\)"):
         GraphLoss(builder, four(), topology="both")
     with pytest.raises(ValueError, match="Expected at least one term"):
         GraphLoss(builder, {})

@@ -181,7 +181,7 @@ def test_messages_without_width_compare_unequal_widths():
         assert not loss.matched_features
         assert torch.isfinite(loss(student, teacher))
     assert MessageLoss().matched_features
-    with pytest.raises(ValueError, match="Expected equal features .* send the student's map through a ChannelAdapter"):
+    with pytest.raises(ValueError, match=r"Expected equal features .* send the student's map through a ChannelAdapter"):
         MessageLoss()(student, teacher)
     with pytest.raises(ValueError, match=r"Expected equal features .*student \[1, 5, 3\], teacher \[1, 5, 7\]"):
         VertexLoss()(student, teacher)
@@ -219,7 +219,7 @@ def test_one_graph_is_a_batch_of_one(loss):
 
 def test_unknown_distance():
     for make in (VertexLoss, MessageLoss):
-        with pytest.raises(ValueError, match="Expected 'distance' to be one of cosine, standardized, mse .got 'l1'"):
+        with pytest.raises(ValueError, match=r"Expected 'distance' to be one of cosine, standardized, mse \(got 'l1'\)"):
             make(distance="l1")
     with pytest.raises(ValueError, match="Expected 'distance'"):
         vertex_loss(nodes(), nodes(), distance="l1")

@@ -133,13 +133,14 @@ class Operator:
             return self.matrix @ X
         return (self.matrix @ X.flatten(0, 1)).view_as(X)
 
-    def combine(self, image: float, X: Tensor, same: float, before: Tensor, other: float) -> Tensor:
-        """Computes ``image * L X + same * X + other * before``: one step of a recurrence, in two passes over the vectors."""
+    def advance(self, before: Tensor, X: Tensor, image: float, same: float, other: float) -> Tensor:
+        """Computes ``image * L X + same * X + other * before``, one step of a recurrence, in the place of ``before``."""
         if self.edge_index is None:
-            result = torch.baddbmm(before, self.matrix, X, beta=other, alpha=image)
+            before.baddbmm_(self.matrix, X, beta=other, alpha=image)
         else:
-            result = torch.addmm(before.flatten(0, 1), self.matrix, X.flatten(0, 1), beta=other, alpha=image).view_as(X)
-        return result.add_(X, alpha=same)
+            flat = before.view(-1, before.size(2))
+            torch.addmm(flat, self.matrix, X.flatten(0, 1), beta=other, alpha=image, out=flat)
+        return before.add_(X, alpha=same)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,11 +206,11 @@ def _filter(operator: Operator, X: Tensor, LX: Tensor, eigval: Tensor) -> Tensor
     centre, half = (operator.bound + lower) / 2, (operator.bound - lower) / 2
     degree = min(max(int(math.acosh(_GROWTH[operator.dtype]) / math.acosh(centre / half)), 2), _MAX_DEGREE)
     sigma = first = -half / centre
-    previous, X = X, (LX - centre * X) * (first / half)
+    previous, X = X.clone(memory_format=torch.contiguous_format), (LX - centre * X) * (first / half)
     for _ in range(degree - 1):
         following = 1 / (2 / first - sigma)
         slope = 2 * following / half
-        previous, X = X, operator.combine(slope, X, -slope * centre, previous, -sigma * following)
+        previous, X = X, operator.advance(previous, X, slope, -slope * centre, -sigma * following)
         sigma = following
     return X
 
@@ -286,8 +287,7 @@ class _Attach(torch.autograd.Function):
             return None, symmetric_product(X, U).to(dtype), None, None, None, None, None, None
         source, target = operator.edge_index
         grad_diagonal = (X * U).sum(-1).to(dtype) if ctx.needs_input_grad[0] else None
-        X, U = X.flatten(0, 1), U.flatten(0, 1)
-        grad_value = -((X[source] * U[target]).sum(-1) + (U[source] * X[target]).sum(-1)) / 2
+        grad_value = (torch.cat([X, U], -1).flatten(0, 1)[source] * torch.cat([U, X], -1).flatten(0, 1)[target]).sum(-1) / -2
         return grad_diagonal, grad_value.to(dtype), None, None, None, None, None, None
 
 
@@ -307,7 +307,7 @@ def _solve_outside(
         return project(operator(Y) - at[:, None, :] * Y)
 
     right = project(right)
-    goal = (1e-5 if operator.dtype == torch.float32 else 1e-11) ** 2 * right.square().sum(1)
+    goal = (1e-4 if operator.dtype == torch.float32 else 1e-11) ** 2 * right.square().sum(1)
     gap = spare_eigval[:, :, None] - at[:, None, :]
     wide = gap > _columns(damping)
     Y = project(spare @ (spare.mT @ right * torch.where(wide, 1 / torch.where(wide, gap, 1.0), 0.0)))
@@ -319,10 +319,10 @@ def _solve_outside(
         image = multiply(direction)
         curvature = (direction * image).sum(1)
         follow = (curvature > damping[:, None] * direction.square().sum(1)) & (energy > goal)
-        length = torch.where(follow, energy / torch.where(follow, curvature, 1.0), 0.0)
-        Y = Y + direction * length[:, None, :]
-        rest = rest - image * length[:, None, :]
+        length = torch.where(follow, energy / torch.where(follow, curvature, 1.0), 0.0)[:, None, :]
+        Y.addcmul_(direction, length)
+        rest.addcmul_(image, length, value=-1)
         previous, energy = energy, torch.where(follow, rest.square().sum(1), 0.0)
-        ratio = torch.where(follow, energy / torch.where(follow, previous, 1.0), 0.0)
-        direction = rest + direction * ratio[:, None, :]
+        ratio = torch.where(follow, energy / torch.where(follow, previous, 1.0), 0.0)[:, None, :]
+        direction = torch.addcmul(rest, direction, ratio)
     return Y

@@ -9,10 +9,9 @@ from torch_geometric.transforms import AddLaplacianEigenvectorPE
 
 import gkd.graphs.subspace
 from gkd.graphs.dense import from_dense, from_padded, to_dense
-from gkd.graphs.eigen import exact_eigenmaps, lowrank_eigenmaps
+from gkd.graphs.eigen import lowrank_eigenmaps
 from gkd.graphs.laplacian import laplacian
 from gkd.graphs.spectral import Spectrum, choose_method, eigengap, eigenmaps
-from gkd.graphs.subspace import subspace_eigenmaps
 from gkd.graphs.testing import (
     check_batch_equals_singles,
     check_permutation_equivariance,
@@ -55,12 +54,6 @@ def random_adjacency(num_graphs=2, num_nodes=6, seed=0):
 def random_factor(num_graphs=2, num_nodes=9, rank=5, seed=0):
     F = torch.rand(num_graphs, num_nodes, rank, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(F**3, dim=-1)
-
-
-def scores(eigval, eigvec):
-    """Numbers that depend on neither sign nor basis of the block, and on every entry of its projector."""
-    weight = torch.arange(eigvec.size(1) ** 2, dtype=eigvec.dtype).sin().view(eigvec.size(1), -1)
-    return (projector(eigvec) * (weight + weight.T)).sum((1, 2)) + eigval.sum(1)
 
 
 # Closed forms and references.
@@ -138,137 +131,12 @@ def test_random_walk_vectors_solve_the_generalised_problem():
 
 def test_pyg_transform():
     graph = from_dense(knn_adjacency(1, 20))[0]
-    expected = AddLaplacianEigenvectorPE(k=4, attr_name="pe")(graph).pe.to(DOUBLE)
-    _, eigvec = eigenmaps(graph, 4)
     # The transform leaves the weights out of account.
     del graph.edge_weight
     graph.x = torch.zeros(20, 1, dtype=DOUBLE)
     expected = AddLaplacianEigenvectorPE(k=4, attr_name="pe")(graph).pe.to(DOUBLE)
     _, eigvec = eigenmaps(graph, 4)
     torch.testing.assert_close((eigvec[0] * expected).sum(0).abs(), torch.ones(4, dtype=DOUBLE), rtol=1e-5, atol=1e-5)
-
-
-# The three methods are one function.
-
-
-@pytest.mark.parametrize("gauge", ["eigenspace", "block"])
-@pytest.mark.parametrize("drop_trivial", [True, False])
-def test_lowrank_is_exact(gauge, drop_trivial):
-    mask = torch.ones(3, 9, dtype=torch.bool)
-    mask[2, 6:] = False
-    results = []
-    for method in ("lowrank", "exact"):
-        F = random_factor(3)
-        F[1, 2] = 0  # an isolated node
-        F[2, 6:] = 1e6
-        F.requires_grad_()
-        if method == "lowrank":
-            eigval, eigvec = lowrank_eigenmaps(F, 4, mask, drop_trivial, gauge)
-        else:
-            eigval, eigvec = exact_eigenmaps(laplacian(F @ F.mT, mask=mask)[0], 4, mask, drop_trivial, gauge)
-        results.append((eigval, projector(eigvec), torch.autograd.grad(scores(eigval, eigvec).sum(), F)[0]))
-    for value, expected in zip(*results, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9)
-
-
-def test_lowrank_graph_chooses_itself():
-    F = random_factor()
-    graph = from_dense(F @ F.mT)
-    graph.factor = F.flatten(0, 1)
-    assert choose_method(graph, 4) == "lowrank"
-    assert choose_method(graph, 5) == "exact"  # beyond what the factor surely has
-    assert choose_method(graph, 4, None) == "exact"
-    for normalization in ("sym", "rw"):
-        automatic = eigenmaps(graph, 4, normalization=normalization)
-        expected = eigenmaps(graph, 4, normalization=normalization, method="exact")
-        torch.testing.assert_close(automatic[0], expected[0])
-        torch.testing.assert_close(projector(automatic[1]), projector(expected[1]))
-
-
-def test_lowrank_beyond_the_rank():
-    # Two identical columns: rank 4 of 5. One pair is trivial, so 3 have vectors; 9 nodes have 5 eigenvalues 1 more.
-    F = random_factor()
-    F[:, :, 1] = F[:, :, 0]
-    eigval, eigvec = lowrank_eigenmaps(F, 9)
-    expected, _ = exact_eigenmaps(laplacian(F @ F.mT)[0], 9)
-    torch.testing.assert_close(eigval, expected)
-    torch.testing.assert_close(eigvec.norm(dim=1), (torch.arange(9) < 3).to(DOUBLE).expand(2, -1))
-    assert lowrank_eigenmaps(torch.zeros(1, 3, 2), 2)[0].tolist() == [[0.0, 0.0]]
-    assert lowrank_eigenmaps(torch.zeros(1, 3, 2), 4, drop_trivial=False)[1].tolist() == [torch.eye(3, 4).tolist()]
-
-
-@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
-@pytest.mark.parametrize("normalization", ["sym", None])
-@pytest.mark.parametrize("components", [1, 3])
-def test_subspace_is_exact(dtype, normalization, components):
-    mask = torch.ones(2, 96, dtype=torch.bool)
-    mask[1, 80:] = False
-    A = knn_adjacency(components=components, dtype=dtype)
-    results = []
-    for way in ("sparse", "dense", "exact"):
-        graph = from_dense(A, mask)
-        graph.edge_weight.requires_grad_()
-        if way == "dense":
-            eigval, eigvec = eigenmaps(*(laplacian(graph, normalization)[0], 4, mask), method="subspace", gauge="block")
-        else:
-            method = "subspace" if way == "sparse" else "exact"
-            eigval, eigvec = eigenmaps(graph, 4, method=method, normalization=normalization, gauge="block")
-        gradient = torch.autograd.grad(scores(eigval, eigvec).sum(), graph.edge_weight)[0]
-        results.append((eigval, projector(eigvec), gradient))
-    for other in results[:2]:
-        for value, expected, tolerance in zip(other, results[2], [1e-5, 1e-3, 2e-2], strict=True):
-            # The damping, 1e-4 in float32, is not quite the same in the two.
-            assert float((value - expected).norm()) <= (1e-7 if dtype == DOUBLE else tolerance) * float(expected.norm())
-
-
-def test_subspace_did_not_hand_over(monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("the exact method was called")
-
-    monkeypatch.setattr(gkd.graphs.subspace, "exact_eigenmaps", fail)
-    graph = from_dense(knn_adjacency())
-    subspace_eigenmaps(graph, 4)
-    with pytest.raises(AssertionError, match="was called"):
-        subspace_eigenmaps(graph, 40)
-
-
-@pytest.mark.parametrize("components", [12, 60])  # the block grows; the exact method takes over
-def test_subspace_with_many_components(components):
-    edges = [(8 * c + i, 8 * c + (i + 1) % 8) for c in range(components) for i in range(8)]
-    graph = graph_from_edges(edges, 8 * components, dtype=DOUBLE)
-    graph.edge_weight = (graph.edge_index[0] + graph.edge_index[1]).to(DOUBLE).sin().add(1.5)
-    for drop_trivial in (True, False):
-        eigval, eigvec = eigenmaps(graph, 3, method="subspace", drop_trivial=drop_trivial)
-        expected, expected_vectors = eigenmaps(graph, 3, method="exact", drop_trivial=drop_trivial)
-        torch.testing.assert_close(eigval, expected, rtol=1e-6, atol=1e-9)
-        if drop_trivial:
-            torch.testing.assert_close(projector(eigvec), projector(expected_vectors), rtol=1e-5, atol=1e-6)
-
-
-def test_subspace_of_a_directed_graph():
-    A = knn_adjacency() * torch.rand(2, 96, 96, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
-    graph = from_dense(A)
-    for value, expected in zip(eigenmaps(graph, 3, method="subspace"), eigenmaps(graph, 3, method="exact"), strict=True):
-        torch.testing.assert_close(value.abs(), expected.abs(), rtol=1e-5, atol=1e-6)
-
-
-def test_subspace_start(monkeypatch):
-    rounds = []
-    step = gkd.graphs.subspace._rayleigh_ritz
-    monkeypatch.setattr(gkd.graphs.subspace, "_rayleigh_ritz", lambda *args: rounds.append(1) or step(*args))
-    graph = from_dense(knn_adjacency(1, 200))
-    first = eigenmaps(graph, 4, method="subspace", tolerance=1e-5)
-    cold = len(rounds)
-    assert torch.equal(eigenmaps(graph, 4, method="subspace", tolerance=1e-5)[1], first[1])  # deterministic
-    graph.edge_weight = graph.edge_weight * (1 + 1e-4 * graph.edge_weight.sin())
-    rounds.clear()
-    warm = eigenmaps(graph, 4, method="subspace", init=first[1], tolerance=1e-5)
-    assert len(rounds) < cold
-    torch.testing.assert_close(warm[0], eigenmaps(graph, 4)[0])
-    zero_start = eigenmaps(graph, 4, method="subspace", init=torch.zeros(1, 200, 2))
-    torch.testing.assert_close(zero_start[0], warm[0])
-    with pytest.warns(UserWarning, match="stopped after 1 rounds"):
-        eigenmaps(graph, 4, method="subspace", max_iter=1)
 
 
 # Gradients.
@@ -295,22 +163,6 @@ def test_gradcheck_of_single_pairs():
     assert torch.autograd.gradcheck(lambda L: eigenmaps((L + L.mT) / 2, 3, drop_trivial=False)[1].square(), (L,))
     F = random_factor().requires_grad_()
     assert torch.autograd.gradcheck(lambda F: lowrank_eigenmaps(F, 3)[1].square(), (F,))
-
-
-def test_gradcheck_of_lowrank():
-    F = random_factor().requires_grad_()
-    assert torch.autograd.gradcheck(lambda F: scores(*lowrank_eigenmaps(F, 3, gauge="block")), (F,))
-
-
-def test_gradcheck_of_subspace():
-    graph = from_dense(knn_adjacency(1, 40, 4))
-    weight = graph.edge_weight[:12].clone().requires_grad_()
-
-    def run(part):
-        graph.edge_weight = torch.cat([part, graph.edge_weight.detach()[12:]])
-        return scores(*subspace_eigenmaps(graph, 2, gauge="block"))
-
-    assert torch.autograd.gradcheck(run, (weight,), atol=1e-4)
 
 
 @pytest.mark.parametrize("gauge", ["eigenspace", "block"])
@@ -354,27 +206,6 @@ def test_gradient_is_finite_everywhere(name, method, gauge, dtype):
             (eigvec * torch.arange(eigvec.numel()).sin().view_as(eigvec)).sum().add(eigval.sum()).backward()  # not gauge-invariant
             assert bool(weight.grad.isfinite().all())
             assert float(weight.grad.abs().max()) < (1e6 if dtype == torch.float32 else 1e10)
-
-
-@pytest.mark.parametrize(
-    "factor", [torch.zeros(1, 4, 3), torch.ones(1, 4, 3), torch.eye(4, 3)[None], torch.eye(3)[None], torch.ones(1, 1, 2)]
-)
-def test_lowrank_gradient_is_finite_everywhere(factor):
-    for gauge in ("eigenspace", "block"):
-        F = factor.clone().requires_grad_()
-        eigval, eigvec = lowrank_eigenmaps(F, 3, gauge=gauge)
-        (eigvec * torch.arange(eigvec.numel()).sin().view_as(eigvec)).sum().add(eigval.sum()).backward()
-        assert bool(eigvec.isfinite().all())
-        assert bool(F.grad.isfinite().all())
-
-
-def test_subspace_gradient_at_a_cut_through_an_eigenspace():
-    graph = grid_graph(8, 8)  # a square: eigenvalues 1 and 2 are one
-    weight = graph.edge_weight.clone().requires_grad_()
-    eigval, eigvec = subspace_eigenmaps(Data(edge_index=graph.edge_index, edge_weight=weight, num_nodes=64), 1)
-    (eigvec.sin().sum() + eigval.sum()).backward()
-    assert bool(weight.grad.isfinite().all())
-    assert float(weight.grad.abs().max()) < 1e5
 
 
 def test_damping_bounds_the_gradient():

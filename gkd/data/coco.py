@@ -112,8 +112,8 @@ def check_files(paths: Sequence[Path]) -> None:
     absent = [path for path in paths if path.name not in listed[path.parent]]
     if absent:
         raise ValueError(
-            f"Expected all {len(paths)} images that the annotations name (got {len(absent)} absent, such as {absent[0]}). Download them, or "
-            "take them out of the annotations."
+            f"Expected all {len(paths)} images that the annotations name (got {len(absent)} absent, such as {absent[0]}). Download them, "
+            "or take them out of the annotations."
         )
 
 

@@ -2,7 +2,7 @@
 
 from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder, prune
-from gkd.graphs.dense import from_dense, to_dense, to_padded
+from gkd.graphs.dense import from_dense, from_padded, to_dense, to_padded
 from gkd.graphs.edges import CompleteEdges, KNNEdges, RadiusEdges
 from gkd.graphs.encodings import AddEncoding, HeatKernelEncoding, LaplacianEncoding, RandomWalkEncoding
 from gkd.graphs.fixed_edges import GridEdges, RandomEdges
@@ -10,7 +10,7 @@ from gkd.graphs.heat import heat_kernel, heat_kernel_signature, heat_trace
 from gkd.graphs.laplacian import laplacian
 from gkd.graphs.message import RelationalConv
 from gkd.graphs.nodes import ChannelNodes, InstanceNodes, Nodes, PatchNodes, RegionNodes
-from gkd.graphs.spectral import Spectrum, eigenmaps
+from gkd.graphs.spectral import Spectrum, eigengap, eigenmaps
 from gkd.graphs.stages import StageGraph
 from gkd.graphs.topology import Edges
 
@@ -35,8 +35,10 @@ __all__ = [
     "RelationalConv",
     "Spectrum",
     "StageGraph",
+    "eigengap",
     "eigenmaps",
     "from_dense",
+    "from_padded",
     "heat_kernel",
     "heat_kernel_signature",
     "heat_trace",

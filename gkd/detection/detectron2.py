@@ -62,7 +62,7 @@ class Detectron2Detector(Detector):
         if hasattr(model, "_ema_update") and not hasattr(model, "loss_normalizer"):
             # One-stage detectors keep a running mean as a plain number, which a checkpoint would lose; the starting values are theirs.
             initial = 300.0 if type(model).__name__ == "FCOS" else 100.0
-            model.register_buffer("loss_normalizer", torch.tensor(initial, dtype=torch.float64))
+            model.register_buffer("loss_normalizer", torch.tensor(initial))
 
     @property
     def _network(self) -> Any:

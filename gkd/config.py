@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gin
-from gin import config_parser
+# By their full names: the folder gin of this repository looks like a package to type checkers.
+import gin.config as gin_config
+import gin.config_parser as config_parser
+
 from gkd.errors import UserError
 
 MODULES = ("gkd.graphs", "gkd.losses", "gkd.models", "gkd.distill", "gkd.data", "gkd.engine")
@@ -48,7 +50,7 @@ class Binding:
     @property
     def references(self) -> list[tuple[str, str]]:
         """Scope and selector of everything that the value refers to."""
-        return [(reference.config_key[0], reference.config_key[1]) for reference in gin.config.iterate_references({"": {"": self.value}})]
+        return [(reference.config_key[0], reference.config_key[1]) for reference in gin_config.iterate_references({"": {"": self.value}})]
 
 
 class Config:
@@ -68,7 +70,7 @@ class Config:
     def __init__(self, files: Iterable[str | Path], overrides: Sequence[str] = (), modules: Sequence[str] = MODULES) -> None:
         for module in modules:
             register(module)
-        gin.clear_config()
+        gin_config.clear_config()
         self._history: list[Binding] = []
         self._open: list[Path] = []
         self._imports: list[str] = []
@@ -78,7 +80,7 @@ class Config:
             self._read(override, f"--set {override!r}")
         self._check_macros()
         try:
-            gin.finalize()
+            gin_config.finalize()
         except (ValueError, RuntimeError) as error:
             raise UserError(f"Expected a complete configuration (got: {_first_line(error)})") from error
 
@@ -89,7 +91,7 @@ class Config:
             UserError: If a constructor refuses its arguments, or if a binding reached nothing.
         """
         try:
-            built = gin.get_configurable(root)()
+            built = gin_config.get_configurable(root)()
         except BUILD_ERRORS as error:
             raise UserError(_explain(error)) from error
         self._check_reached(root)
@@ -99,7 +101,7 @@ class Config:
     def text(self) -> str:
         """The operative configuration: every parameter of every object that was built, in a form that can be read again."""
         imports = "".join(f"import {module}\n" for module in self._imports)
-        return imports + gin.operative_config_str(max_line_length=140)
+        return imports + gin_config.operative_config_str(max_line_length=140)
 
     # ---------------------------------------------------------------- reading
 
@@ -155,14 +157,14 @@ class Config:
         for unknown in _unknown_references(value):
             _check_name(unknown, place)
         try:
-            gin.bind_parameter((scope, selector, parameter), value)
+            gin_config.bind_parameter((scope, selector, parameter), value)
         except ValueError as error:
             known = _parameters(selector)
             raise UserError(
                 f"Expected a parameter of {selector} in {place} (got {parameter!r}; it has {', '.join(known) or 'none'})."
                 f"{_did_you_mean(difflib.get_close_matches(parameter, known))}"
             ) from error
-        complete = gin.config.ParsedBindingKey.parse((scope, selector, parameter)).complete_selector
+        complete = gin_config.ParsedBindingKey.parse((scope, selector, parameter)).complete_selector
         self._history.append(Binding((scope, complete, parameter), value, place, len(self._history)))
 
     # ---------------------------------------------------------------- checks
@@ -241,12 +243,12 @@ def register(module: str) -> None:
             continue
         if name in _registered:
             raise ValueError(f"Expected one object named {name} in all packages (got {_registered[name]!r} and {listed!r})")
-        with gin.unlock_config():
-            gin.external_configurable(listed, name=name, module=module)
+        with gin_config.unlock_config():
+            gin_config.external_configurable(listed, name=name, module=module)
         _registered[name] = listed
 
 
-class _Delegate(gin.config.ParserDelegate):  # type: ignore[misc]
+class _Delegate(gin_config.ParserDelegate):
     """Lets unknown references pass, so that they can be reported with their place and their near names."""
 
     def __init__(self) -> None:
@@ -254,13 +256,13 @@ class _Delegate(gin.config.ParserDelegate):  # type: ignore[misc]
 
 
 def _unknown_references(value: Any) -> Iterator[str]:
-    for nested in gin.config._iterate_flattened_values(value):
-        if isinstance(nested, gin.config._UnknownConfigurableReference):
+    for nested in gin_config._iterate_flattened_values(value):
+        if isinstance(nested, gin_config._UnknownConfigurableReference):
             yield nested.selector
 
 
 def _check_name(selector: str, place: str) -> None:
-    matches = gin.config._REGISTRY.matching_selectors(selector)
+    matches = gin_config._REGISTRY.matching_selectors(selector)
     if len(matches) == 1:
         return
     if matches:
@@ -276,7 +278,7 @@ def _parameters(selector: str) -> list[str]:
 
 def _operative_keys() -> list[Key]:
     # gin has no public view of this but the text that it prints.
-    return [(scope, selector, name) for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items() for name in values]
+    return [(scope, selector, name) for (scope, selector), values in gin_config._OPERATIVE_CONFIG.items() for name in values]
 
 
 def _effective(key: Key, live: dict[Key, Binding]) -> Key | None:

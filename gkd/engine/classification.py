@@ -116,7 +116,7 @@ class Classification:
             if size < 1 or size % fabric.world_size:
                 raise UserError(f"Expected {name} to be a multiple of the {fabric.world_size} processes (got {size})")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self._sharing = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
+        self._sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
         # Found now, where it is a mistake in the configuration, and not after an hour.
         self.steps_per_epoch = self.data.num_batches("train", batch_size // fabric.world_size, world_size=fabric.world_size)
         if self.steps_per_epoch < 1:
@@ -127,8 +127,9 @@ class Classification:
         self.teacher = None if teacher is None else teacher.build_teacher(self.data.num_classes, self.data.mean, self.data.std)
         self.distiller = distiller(student=self.student, teacher=self.teacher, input_size=self.data.input_size)
         for term in self.distiller.terms.values():
-            if hasattr(term, "set_targets"):  # a memory of the training samples
-                term.set_targets(self.data.targets("train"))
+            set_targets: Any = getattr(term, "set_targets", None)  # of a term with a memory of the training samples
+            if set_targets is not None:
+                set_targets(self.data.targets("train"))
         self.distiller.to(fabric.device)
         if fabric.world_size > 1:
             # The weights above are the same in all processes; draws in training, such as dropout's, are each one's own.

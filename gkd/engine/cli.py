@@ -49,7 +49,7 @@ def overrides(arguments: argparse.Namespace, root: str) -> list[str]:
     return bindings
 
 
-def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], object], argv: Sequence[str] | None = None) -> int:
     """Parses and runs; turns what may go wrong into one message and an exit code.
 
     Args:

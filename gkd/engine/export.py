@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +66,17 @@ def export_onnx(model: nn.Module, input_size: Sequence[int], path: Path) -> floa
     if importlib.util.find_spec("onnx") is None:
         raise UserError("Expected the package onnx for --export onnx (got none). Install it with: pip install onnx onnxscript")
     model, images = _for_export(model, input_size)
-    names = {"input_names": ["images"], "output_names": ["logits"]}
+    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    if importlib.util.find_spec("onnxscript") is not None:
+        options.update(dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
+    else:
+        options.update(dynamo=False, dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}})
     temporary = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # both exporters tell of their inner deprecations
-            if importlib.util.find_spec("onnxscript") is not None:
-                shapes = ({0: torch.export.Dim("batch")},)
-                torch.onnx.export(
-                    model, (images,), str(temporary), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False, **names
-                )
-            else:
-                axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
-                torch.onnx.export(model, (images,), str(temporary), dynamo=False, dynamic_axes=axes, **names)
+            torch.onnx.export(model, (images,), str(temporary), **options)
         difference = _check(model, _onnx_runner(temporary), input_size, "ONNX model")
         content = temporary.read_bytes()
     except UserError:
@@ -109,7 +107,12 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
     from onnx.reference import ReferenceEvaluator
 
     reference = ReferenceEvaluator(str(path))
-    return lambda images: torch.from_numpy(reference.run(None, {"images": images.numpy()})[0])
+
+    def run(images: Tensor) -> Tensor:
+        outputs: Any = reference.run(None, {"images": images.numpy()})
+        return torch.from_numpy(outputs[0])
+
+    return run
 
 
 @torch.no_grad()

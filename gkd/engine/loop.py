@@ -178,8 +178,9 @@ class Loop:
 
     def _step(self, batch: tuple) -> None:
         step, settings = self.position.step, self.settings
-        if hasattr(self.model, "progress"):
-            self.model.progress(step / self.steps_per_epoch)
+        progress: Any = getattr(self.model, "progress", None)
+        if progress is not None:
+            progress(step / self.steps_per_epoch)
         factor = settings.schedule(step, self.total, self.steps_per_epoch)
         for group, base in zip(self.raw_optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor

@@ -193,7 +193,7 @@ class AdamW:
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
         """Optimiser of the parameters of `module` that require a gradient."""
         groups = parameter_groups(module, self.weight_decay, self.decay_norm_and_bias)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas))
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.betas[0], self.betas[1]))
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, decay_norm_and_bias: bool = True) -> list[dict]:

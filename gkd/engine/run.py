@@ -117,12 +117,12 @@ def save_student(path: Path, model: nn.Module, description: Mapping[str, Any]) -
     Args:
         path: File to write.
         model: The student, as built: no teacher, no adapter, no wrapper.
-        description: What is needed to build and use it again; each value is stored as JSON.
+        description: What is needed to build and use it again, stored as JSON.
     """
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    described = {"gkd": __version__, **{key: json.dumps(value) for key, value in description.items()}}
-    content = save_tensors(tensors, metadata=described)
+    # One entry: safetensors writes several in any order, and equal students shall be equal files.
+    content = save_tensors(tensors, metadata={"gkd": json.dumps({"version": __version__, **description})})
     write_atomic(path, lambda file: file.write(content))
 
 
@@ -130,7 +130,7 @@ def read_description(path: Path | str) -> dict[str, Any]:
     """Reads what `save_student` stored beside the weights; empty for a safetensors file of other origin."""
     with safe_open(str(path), framework="pt") as file:
         stored = file.metadata() or {}
-    return {key: json.loads(value) for key, value in stored.items() if key != "gkd"} if "gkd" in stored else {}
+    return json.loads(stored.get("gkd", "{}"))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

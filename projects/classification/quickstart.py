@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gkd.engine import cli
 from gkd.engine.checkpoint import write_atomic
+from gkd.engine.run import RunFolder
 from gkd.errors import UserError
 
 TEACHER = "gin/classification/digits_teacher.gin"
@@ -29,15 +30,17 @@ def train(files: Sequence[str], bindings: Sequence[str], output: Path, log: Path
     """One run in a process of its own, which one core is enough for."""
     import torch
 
-    from projects.classification import train_net
+    from gkd.config import configure
 
     torch.set_num_threads(1)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout = log.open("w")
-    parser = cli.build_parser("quickstart")
-    options = [option for file in files for option in ("--gin", file)] + [option for binding in bindings for option in ("--set", binding)]
-    results = train_net.run(parser.parse_args([*options, "--output", str(output), "--overwrite"]))
+    config = configure(files, bindings)
+    task = config.build("Classification")
+    folder = RunFolder(output)
+    folder.prepare(overwrite=True)
+    results = task.train(folder, config.text)
     sys.stdout = sys.__stdout__
     if results is None:
         raise UserError("Expected every run to reach its end (got Trainer.max_steps)")

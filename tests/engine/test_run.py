@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gkd import __version__
 from gkd.engine.checkpoint import write_atomic
 from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, read_metrics
 from gkd.engine.run import RunFolder, describe_machine, peak_memory, read_description, save_student
@@ -69,8 +70,9 @@ def test_student_file_keeps_names_and_description(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model.tied = model[0]  # tied weights share memory
     path = tmp_path / "student.safetensors"
-    save_student(path, model, {"model": "toy", "classes": ["cat", "Hund", "猫"], "mean": [0.5]})
-    assert read_description(path) == {"model": "toy", "classes": ["cat", "Hund", "猫"], "mean": [0.5]}
+    about = {"model": "toy", "classes": ["cat", "Hund", "猫"], "mean": [0.5]}
+    save_student(path, model, about)
+    assert read_description(path) == {"version": __version__, **about}
     from safetensors.torch import load_file
 
     state = load_file(path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gkd.engine import SGD, Flat, NonFiniteLossError, Trainer
+from gkd.engine import SGD, Flat, NonFiniteLossError, Trainer, cli
 from gkd.engine.loop import split_batch
 from gkd.engine.trainer import resolve_device
 from gkd.errors import UserError
@@ -220,17 +220,14 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, repository):
     assert_close(toy.log(tmp_path / "one"), toy.log(tmp_path / "two"))
 
 
-def test_sigterm_ends_a_process_with_its_code(tmp_path, repository):
-    program = (
-        "import os, signal, sys; from pathlib import Path; from gkd.engine import cli; from tests.engine import toy\n"
-        "hook = lambda call: call == 2 and os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
-        "run = lambda arguments: toy.fit(Path('run'), make=lambda: toy.Toy(hook=hook))\n"
-        "sys.exit(cli.main(cli.build_parser('toy'), run, ['--gin', 'x.gin']))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, "SIGTERM"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 128 + signal.SIGTERM
-    assert "after step 3 of 12. Go on with the same command and --resume." in done.stderr
-    assert "Traceback" not in done.stderr
+def test_sigterm_ends_a_command_with_its_code(tmp_path, capsys):
+    model = lambda: toy.Toy(hook=lambda call: call == 2 and os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    code = cli.main(cli.build_parser("toy"), lambda arguments: toy.fit(tmp_path / "run", make=model), ["--gin", "x.gin"])
+    assert code == 128 + signal.SIGTERM
+    assert "after step 3 of 12. Go on with the same command and --resume." in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_a_command_with_code_1(capsys):
+    run = lambda arguments: toy.fit(None, make=lambda: toy.Toy(bad_call=0))  # noqa: E731
+    assert cli.main(cli.build_parser("toy"), run, ["--gin", "x.gin"]) == 1
+    assert "in task at step 1" in capsys.readouterr().err

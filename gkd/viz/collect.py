@@ -78,8 +78,9 @@ def collect_views(
     images, targets = batch[0], batch[1] if len(batch) > 1 else None
     with _evaluating(distiller):
         calls = [call for call in distiller._calls if call.stages]
-        output, student = distiller._student_taps(*distiller.student_inputs(images, targets))
-        teacher = distiller._teacher_taps(*distiller.teacher_inputs(images, targets))[1] if calls else {}
+        networks = getattr(distiller, "networks", distiller)  # who knows how the two are called
+        output, student = distiller._student_taps(*networks.student_inputs(images, targets))
+        teacher = distiller._teacher_taps(*networks.teacher_inputs(images, targets))[1] if calls else {}
         paths = distiller._paths if calls else {}
         student = {stage: student[path] for stage, (path, _) in paths.items()}
         teacher = {stage: teacher[path] for stage, (_, path) in paths.items()}

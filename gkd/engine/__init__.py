@@ -3,8 +3,9 @@
 from gkd.engine.classification import Classification, Network, load_student
 from gkd.engine.evaluate import ClassifierEvaluator
 from gkd.engine.interrupt import Interrupted
-from gkd.engine.loop import NonFiniteLossError, Summary
+from gkd.engine.loop import NonFiniteLossError
 from gkd.engine.optim import SGD, AdamW, Cosine, Flat, MultiStep, OneCycle
+from gkd.engine.position import Summary
 from gkd.engine.run import RunFolder
 from gkd.engine.trainer import Trainer
 

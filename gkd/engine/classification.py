@@ -15,7 +15,7 @@ from gkd.distill import Distiller
 from gkd.engine.checkpoint import load_checkpoint, seed_everything
 from gkd.engine.evaluate import ClassifierEvaluator
 from gkd.engine.export import export_onnx, export_program
-from gkd.engine.loop import Summary
+from gkd.engine.position import Summary
 from gkd.engine.run import RunFolder, count_parameters, describe_machine, peak_memory, read_description, save_student
 from gkd.engine.trainer import Trainer
 from gkd.errors import UserError

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from gkd.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from gkd.engine.interrupt import Interrupted, Interrupts
 from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, Writer
+from gkd.engine.position import Clock, Position, Summary
 from gkd.engine.run import RunFolder, package_versions
 from gkd.engine.window import Window
 from gkd.errors import UserError
@@ -24,64 +24,6 @@ if TYPE_CHECKING:
 
 class NonFiniteLossError(ArithmeticError):
     """A loss became NaN or infinite; the message names the step, the terms and the samples."""
-
-
-@dataclass
-class Position:
-    """Where a training is; part of every checkpoint."""
-
-    step: int = 0
-    evaluated: int = 0  # step of the last evaluation
-    last: dict[str, Any] | None = None  # record of the last evaluation
-    best: dict[str, Any] | None = None  # record of the best one
-    seconds: float = 0.0  # training alone, without evaluations and checkpoints
-    samples: int = 0
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `Trainer.fit` gives back.
-
-    Attributes:
-        step: Optimiser steps made.
-        finished: Whether the training reached its end.
-        last: Record of the last evaluation, if there was one.
-        best: Record of the evaluation with the highest score.
-        seconds: Time of the training alone, over all resumptions.
-        images_per_second: Mean throughput over that time.
-    """
-
-    step: int
-    finished: bool
-    last: dict[str, Any] | None
-    best: dict[str, Any] | None
-    seconds: float
-    images_per_second: float
-
-
-@dataclass
-class Clock:
-    """A stopwatch that can be halted."""
-
-    seconds: float = 0.0
-    _since: float | None = field(default=None, repr=False)
-
-    def start(self) -> None:
-        """Runs."""
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        """Halts."""
-        self.seconds, self._since = self.read(), None
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it runs."""
-        return self._since is not None
-
-    def read(self) -> float:
-        """Seconds that it ran."""
-        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
 
 class Loop:

@@ -13,8 +13,9 @@ from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from gkd.engine.loop import Loop, Summary
+from gkd.engine.loop import Loop
 from gkd.engine.optim import SGD, Flat, Schedule
+from gkd.engine.position import Summary
 from gkd.engine.run import RunFolder
 from gkd.errors import UserError
 

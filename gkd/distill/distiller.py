@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gkd.distill.balance import GradientBalance
+from gkd.distill.networks import Networks, Taps
 from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
-from gkd.models import ChannelAdapter, FeatureTaps, Teacher
+from gkd.models import ChannelAdapter, Teacher
 
 
 class Distiller(nn.Module):
@@ -34,7 +35,7 @@ class Distiller(nn.Module):
     ``matched_channels`` its student maps come from a :class:`~gkd.models.ChannelAdapter`, one for a stage, shared by the terms
     ``parts``            names of the values in the dictionary that it returns; it is called with ``parts=`` those that weigh something
     ``needs_index``      it is called with ``index=`` the positions of the images in the data set
-    ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :meth:`regions`
+    ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :class:`~gkd.distill.Networks`
     ``build``            called once with the shapes of the student's and the teacher's maps, for terms that own layers;
                          at level ``'stage'`` every stage gets a copy of the term
     ==================== =====================================================================================================
@@ -50,6 +51,7 @@ class Distiller(nn.Module):
         label_smoothing: Of the default task loss.
         balance: ``'gradient'`` or a :class:`~gkd.distill.GradientBalance`: weights other than the task's are shares of the task's gradient.
         input_size: [C, H, W] of an image, to probe the shapes of the maps where a layer must be built.
+        networks: How the two networks are called and read, where they are no classifiers.
 
     Raises:
         UserError: If a name in ``weights``, ``stages`` or ``balance`` is unknown, or the arguments contradict each other.
@@ -66,8 +68,8 @@ class Distiller(nn.Module):
     student_logits: Tensor | None
     teacher_logits: Tensor | None
     _weights: Tensor
-    _student_taps: FeatureTaps
-    _teacher_taps: FeatureTaps | None
+    _student_taps: Taps
+    _teacher_taps: Taps | None
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class Distiller(nn.Module):
         label_smoothing: float = 0.0,
         balance: GradientBalance | str | None = None,
         input_size: Sequence[int] = (3, 32, 32),
+        networks: Networks | None = None,
     ) -> None:
         super().__init__()
         terms = dict(terms or {})
@@ -89,6 +92,7 @@ class Distiller(nn.Module):
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher)
         self.student = student
+        self.networks = Networks() if networks is None else networks
         self.__dict__["teacher"] = teacher  # past nn.Module.__setattr__, which would make it a child
         self.student_logits = self.teacher_logits = None
         self.task = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if task is None else task
@@ -99,8 +103,9 @@ class Distiller(nn.Module):
         self._schedules = resolve_weights(weights or {}, names)
         self._calls = [call for call in calls if not all(self._schedules[name].always_zero for name in call.losses.values())]
         self._paths = {stage: path for stage, path in paths.items() if any(stage in call.stages for call in self._calls)}
-        self.__dict__["_student_taps"] = FeatureTaps(student, _unique(path for path, _ in self._paths.values()))
-        self.__dict__["_teacher_taps"] = FeatureTaps(teacher, _unique(path for _, path in self._paths.values())) if teacher else None
+        self.__dict__["_student_taps"] = self.networks.student_taps(student, _unique(path for path, _ in self._paths.values()))
+        teacher_paths = _unique(path for _, path in self._paths.values())
+        self.__dict__["_teacher_taps"] = self.networks.teacher_taps(teacher, teacher_paths) if teacher else None
         self.adapters, self.terms = nn.ModuleDict(), nn.ModuleDict()
         self._build(terms, tuple(input_size))
 
@@ -141,40 +146,29 @@ class Distiller(nn.Module):
     def _losses(self, images: Any, targets: Any, index: Tensor | None, measure: bool = False) -> dict[str, Tensor]:
         calls = [call for call in self._calls if not self._active.isdisjoint(call.losses.values())]
         tapped = any(call.stages for call in calls)
-        output, student = self._run_student(self.student_inputs(images, targets), tapped)
+        output, student = self._run_student(self.networks.student_inputs(images, targets), tapped)
         losses: dict[str, Tensor] = {}
         anchors: dict[str, list[Tensor]] = {}
         self.teacher_logits = None
         if calls:
-            teacher_output, teacher = self._run_teacher(self.teacher_inputs(images, targets), tapped)
+            teacher_output, teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)
             options: dict[str, Any] = {}
             if any(call.indexed for call in calls):
                 options["index"] = _expect_index(index)
-            if any(call.located for call in calls):
-                options["boxes"], options["image_size"] = self.regions(images, targets)
+            logits: tuple[Any, Any, Any] = (None, None, None)
+            if any(call.level == "logits" for call in calls):
+                logits = self.networks.logits(output, teacher_output, targets)
             adapted = {stage: self.adapters[module_key(stage)](student[stage]) for stage in student if self._adapts(calls, stage)}
             for call in calls:
-                found = self._evaluate(call, (output, teacher_output, targets), adapted if call.adapted else student, teacher, options)
+                if call.located:
+                    options["boxes"], options["image_size"] = self.networks.regions(images, targets, output, self.terms[call.key])
+                found = self._evaluate(call, logits, adapted if call.adapted else student, teacher, options)
                 losses.update(found)
-                anchors.update(dict.fromkeys(found, [student[stage] for stage in call.stages] or [output]))
+                anchors.update(dict.fromkeys(found, [student[stage] for stage in call.stages] or self.networks.anchors(output, logits)))
         tasks = self._task_losses(output, targets, losses)
         if measure and losses and self.balance is not None:
             self.balance.measure(torch.stack(list(tasks.values())).sum(), losses, anchors)
         return self._weigh(tasks, losses)
-
-    def student_inputs(self, images: Any, targets: Any) -> tuple[Any, ...]:
-        """What the student is called with; for networks that take their targets too, override it."""
-        return (images,)
-
-    def teacher_inputs(self, images: Any, targets: Any) -> tuple[Any, ...]:
-        """What the teacher is called with."""
-        return (images,)
-
-    def regions(self, images: Any, targets: Any) -> tuple[list[Tensor], tuple[int, int]]:
-        """Finds the boxes of every image, in pixels, and the size of the images, for terms that look at regions."""
-        if not isinstance(images, Tensor) or not all(isinstance(target, Mapping) and "boxes" in target for target in targets):
-            raise ValueError(f"Expected images and targets with 'boxes' (got {type(images).__name__} and {type(targets).__name__})")
-        return [target["boxes"] for target in targets], (images.shape[-2], images.shape[-1])
 
     def _run_student(self, inputs: tuple[Any, ...], tapped: bool) -> tuple[Any, dict[str, Tensor]]:
         features = {}
@@ -182,7 +176,7 @@ class Distiller(nn.Module):
             output, found = self._student_taps(*inputs)
             features = {stage: found[path] for stage, (path, _) in self._paths.items()}
         else:
-            output = self.student(*inputs)
+            output = self._student_taps.model(*inputs)
         self.student_logits = output.detach() if isinstance(output, Tensor) else None
         return output, features
 
@@ -196,7 +190,7 @@ class Distiller(nn.Module):
                 output, found = self._teacher_taps(*inputs)
                 features = {stage: found[path].detach() for stage, (_, path) in self._paths.items()}
             else:
-                output = self.teacher(*inputs)
+                output = self._teacher_taps.model(*inputs)
         if isinstance(output, Tensor):
             self.teacher_logits = output = output.detach()
         return output, features

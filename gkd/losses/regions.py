@@ -176,6 +176,7 @@ class FGDLoss(nn.Module):
 
     level = "stage"
     needs_boxes = True
+    true_boxes_only = True  # what a detector adds to the boxes of a graph is no foreground
 
     def __init__(
         self,

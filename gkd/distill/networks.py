@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gkd.models import FeatureTaps
+
+
+class Taps(Protocol):
+    """Calls a network and gives, beside its output, the maps of chosen places in it, as :class:`~gkd.models.FeatureTaps` does."""
+
+    @property
+    def model(self) -> Any:
+        """Called with the same arguments, it gives the output alone."""
+
+    def __call__(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Returns the output and {place: map}."""
+
+    def shapes(self, input_size: Sequence[int]) -> dict[str, torch.Size]:
+        """Shapes of the maps for two inputs of this size."""
+
+
+class Networks:
+    """How the :class:`~gkd.distill.Distiller` calls and reads its two networks: here, as classifiers.
+
+    For other networks override it: what they take, what their maps are, what of their outputs is compared.
+    """
+
+    def student_taps(self, student: nn.Module, paths: Iterable[str]) -> Taps:
+        """What calls the student; raises ValueError for a place that it does not have."""
+        return FeatureTaps(student, paths)
+
+    def teacher_taps(self, teacher: nn.Module, paths: Iterable[str]) -> Taps:
+        """What calls the teacher, likewise."""
+        return FeatureTaps(teacher, paths)
+
+    def student_inputs(self, images: Any, targets: Any) -> tuple[Any, ...]:
+        """What the student is called with."""
+        return (images,)
+
+    def teacher_inputs(self, images: Any, targets: Any) -> tuple[Any, ...]:
+        """What the teacher is called with."""
+        return (images,)
+
+    def logits(self, output: Any, teacher_output: Any, targets: Any) -> tuple[Any, Any, Any]:
+        """What terms of the level ``'logits'`` see: student's and teacher's logits, and the targets."""
+        return output, teacher_output, targets
+
+    def anchors(self, output: Any, logits: tuple[Any, Any, Any]) -> list[Tensor]:
+        """Where terms of the level ``'logits'`` and the task both pull at the student, for a balance of their gradients."""
+        return [logits[0]]
+
+    def regions(self, images: Any, targets: Any, output: Any, term: Any = None) -> tuple[list[Tensor], tuple[int, int]]:
+        """Finds the boxes of every image, in pixels, and the size of the images, for a term that looks at regions."""
+        if not isinstance(images, Tensor) or not all(isinstance(target, Mapping) and "boxes" in target for target in targets):
+            raise ValueError(f"Expected images and targets with 'boxes' (got {type(images).__name__} and {type(targets).__name__})")
+        return [target["boxes"] for target in targets], (images.shape[-2], images.shape[-1])

@@ -1,5 +1,20 @@
 """Detectors of several libraries behind one interface, distilled by the terms of gkd. Imported on request only."""
 
 from gkd.detection.interface import Backend, Detections, Detector, DetectorNetwork, Job, Output, choose_backend
+from gkd.detection.levels import LevelGraphLoss
+from gkd.detection.regions import BoxNodes, Regions
+from gkd.detection.task import Detection
 
-__all__ = ["Backend", "Detections", "Detector", "DetectorNetwork", "Job", "Output", "choose_backend"]
+__all__ = [
+    "Backend",
+    "BoxNodes",
+    "Detection",
+    "Detections",
+    "Detector",
+    "DetectorNetwork",
+    "Job",
+    "LevelGraphLoss",
+    "Output",
+    "Regions",
+    "choose_backend",
+]

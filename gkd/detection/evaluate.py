@@ -1,0 +1,154 @@
+"""How good a detector is: COCO's average precisions, and Pascal VOC's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gkd.detection.interface import Detector
+from gkd.errors import UserError
+
+Found = dict[str, Any]
+
+
+def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
+    """Detects in all images of a split and judges by the data's metric.
+
+    Under several processes each sees its part, with the running statistics of the first, and all get the same record.
+
+    Args:
+        detector: What is judged; its model is back in the mode it was in afterwards.
+        data: Gives ``annotations(split)`` and ``metric``, as `gkd.data.DetectionData` does.
+        split: Name of the split.
+        batches: Gives this process's batches of the split.
+
+    Returns:
+        ``split`` and the numbers of `coco_metrics` or `voc_metrics`.
+    """
+    is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_shared:
+        for buffer in detector.model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+    results: list[Found] = []
+    for images, targets, _ in batches():
+        for image, target, found in zip(images, targets, detector.detect(images), strict=True):
+            scale = found.boxes.new_tensor([target["size"][1] / image.shape[2], target["size"][0] / image.shape[1]]).repeat(2)
+            boxes = (found.boxes * scale).cpu()
+            boxes[:, 2:] -= boxes[:, :2]
+            rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+            results += [
+                {"image_id": target["image_id"], "category_id": int(data.category_ids[label]), "bbox": box, "score": score}
+                for box, score, label in rows
+            ]
+    if is_shared:
+        gathered: list[list[Found]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, results)
+        results = [found for part in gathered for found in part]
+    judge = voc_metrics if data.metric == "voc" else coco_metrics
+    return {"split": split, **judge(data.annotations(split), results)}
+
+
+def coco_metrics(annotations: Mapping[str, Any], results: Sequence[Found]) -> dict[str, float | None]:
+    """COCO's numbers in percent: AP over IoU .5 to .95, AP50, AP75, APs, APm, APl, and AP/CLASS of every class; None where there is nothing
+    to find.
+
+    Args:
+        annotations: What is there, in COCO's form.
+        results: What was found: dictionaries of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
+
+    Raises:
+        UserError: If pycocotools is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise UserError(
+            f"Expected pycocotools, which computes COCO's average precision (got: {error}). Install it: pip install 'gkd[detection]', or "
+            "pip install pycocotools."
+        ) from error
+    names = {category["id"]: category["name"] for category in annotations["categories"]}
+    keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    if not results:
+        there = {annotation["category_id"] for annotation in annotations["annotations"]}
+        return {**dict.fromkeys(keys, 0.0), **{f"AP/{name}": 0.0 if number in there else None for number, name in names.items()}}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        truth = COCO()
+        truth.dataset = dict(annotations)
+        truth.createIndex()
+        found = truth.loadRes([dict(result) for result in results])
+        evaluation = COCOeval(truth, found, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    record = {key: _percent(value) for key, value in zip(keys, evaluation.stats[:6], strict=True)}
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all sizes, most detections
+    for place, number in enumerate(evaluation.params.catIds):
+        known = precision[:, :, place][precision[:, :, place] > -1]
+        record[f"AP/{names[number]}"] = _percent(known.mean() if known.size else -1)
+    return record
+
+
+def voc_metrics(annotations: Mapping[str, Any], results: Sequence[Found], min_iou: float = 0.5) -> dict[str, float | None]:
+    """Pascal VOC's average precision at one IoU, in percent: AP50, their mean over the classes, and AP50/CLASS; None where there is nothing
+    to find.
+
+    The area under the precision that is attained at a recall or above, as VOC does since 2010. Difficult objects count neither as found nor
+    as missed.
+
+    Args:
+        annotations: What is there, in COCO's form, with ``difficult`` where that is so.
+        results: What was found, as for `coco_metrics`.
+        min_iou: Overlap from which on an object is found.
+    """
+    record: dict[str, float | None] = {}
+    for category in annotations["categories"]:
+        there = [annotation for annotation in annotations["annotations"] if annotation["category_id"] == category["id"]]
+        found = [result for result in results if result["category_id"] == category["id"]]
+        record[f"AP50/{category['name']}"] = _percent(_average_precision(there, found, min_iou))
+    known = [value for value in record.values() if value is not None]
+    return {"AP50": float(np.mean(known)) if known else None, **record}
+
+
+def _average_precision(there: Sequence[Mapping[str, Any]], found: Sequence[Found], min_iou: float) -> float:
+    of_image: dict[int, list[Mapping[str, Any]]] = {}
+    for annotation in there:
+        of_image.setdefault(annotation["image_id"], []).append(annotation)
+    number = sum(not annotation.get("difficult", 0) for annotation in there)
+    if number == 0:
+        return -1.0
+    taken: set[int] = set()
+    hits: list[bool] = []
+    for result in sorted(found, key=lambda result: -result["score"]):
+        near = of_image.get(result["image_id"], [])
+        overlaps = _overlaps(result["bbox"], [annotation["bbox"] for annotation in near])
+        best = int(overlaps.argmax()) if len(near) else -1
+        if best < 0 or overlaps[best] < min_iou:
+            hits.append(False)
+        elif not near[best].get("difficult", 0):
+            hits.append(near[best]["id"] not in taken)
+            taken.add(near[best]["id"])
+    if not hits:
+        return 0.0
+    right = np.cumsum(hits)
+    recall, precision = right / number, right / np.arange(1, len(hits) + 1)
+    attained = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * attained))
+
+
+def _overlaps(box: Sequence[float], others: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:
+    """Intersection over union of boxes (x, y, width, height)."""
+    array = np.asarray(others, dtype=np.float64).reshape(-1, 4)
+    low = np.maximum(array[:, :2], box[:2])
+    high = np.minimum(array[:, :2] + array[:, 2:], np.add(box[:2], box[2:]))
+    common = (high - low).clip(0).prod(1)
+    return common / (array[:, 2:].prod(1) + box[2] * box[3] - common).clip(1e-9)
+
+
+def _percent(value: float) -> float | None:
+    return None if value < 0 else 100.0 * float(value)

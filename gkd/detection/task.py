@@ -1,0 +1,222 @@
+"""The detection task: two detectors of one library, one data set, one distiller and one trainer, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from gkd.data import DetectionData, DigitScenes, UnreadableImageError
+from gkd.detection.distiller import DetectionNetworks, TaskLosses
+from gkd.detection.interface import Backend, Detector, DetectorNetwork, Job, choose_backend
+from gkd.detection.regions import Regions
+from gkd.distill import Distiller
+from gkd.engine import RunFolder, Summary, Trainer
+from gkd.engine.checkpoint import load_checkpoint, seed_everything
+from gkd.engine.run import count_parameters, describe_machine, package_versions, peak_memory, save_student
+from gkd.errors import UserError
+from gkd.models import Teacher
+
+
+class Detection:
+    """Trains, evaluates and exports a detector, with or without a teacher; the sibling of `gkd.engine.Classification`.
+
+    What follows from the parts is wired here: classes come from the data; images reach both networks as bytes, and each normalises and pads
+    them in its own way; the distiller's stages are the levels of the feature pyramids.
+
+    Args:
+        student: The network to train.
+        teacher: The network to learn from; None trains the student alone, which is how a teacher is made.
+        data: Images with boxes; scenes of digits by default.
+        backend: ``'torchvision'``, ``'detectron2'``, a `Backend`, or None: Detectron2 where it is installed.
+        distiller: Called with the networks.
+        regions: Which regions take part in the terms that look at regions.
+        trainer: The settings of the training.
+        batch_size: Images in a step, over all processes.
+        eval_batch_size: Images in a step of an evaluation, over all processes.
+        seed: Seed of the weights, the order and the augmentation of the images.
+
+    Raises:
+        UserError: If the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        student: DetectorNetwork,
+        teacher: DetectorNetwork | None = None,
+        data: DetectionData | None = None,
+        backend: str | Backend | None = None,
+        distiller: Callable[..., Distiller] = Distiller,
+        regions: Regions | None = None,
+        trainer: Trainer | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.description, self.seed = student, seed
+        self.data = DigitScenes() if data is None else data
+        self.trainer = Trainer() if trainer is None else trainer
+        fabric = self.trainer.fabric
+        self.backend, note = choose_backend(backend)
+        if note is not None:
+            fabric.print(note)
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1 or size % fabric.world_size:
+                raise UserError(f"Expected {name} to be a multiple of the {fabric.world_size} processes (got {size})")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self._sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
+        self.steps_per_epoch = self.data.num_batches("train", batch_size // fabric.world_size, world_size=fabric.world_size)
+        if self.steps_per_epoch < 1:
+            raise UserError(f"Expected at least one batch of {batch_size} training images (got {self.data.num_samples('train')} images)")
+
+        seed_everything(seed)
+        self.detector = self.backend.build_student(student, self.data)
+        self.teacher: Detector | None = None if teacher is None else self.backend.build_teacher(teacher, self.data)
+        self.distiller = distiller(
+            student=self.detector.model,
+            teacher=None if self.teacher is None else Teacher(self.teacher.model),
+            input_size=self.data.input_size,
+            task=TaskLosses(),
+            networks=DetectionNetworks(self.detector, self.teacher, regions or Regions(), self.data.num_classes),
+        )
+        self.distiller.to(fabric.device)
+        if fabric.world_size > 1:
+            seed_everything(seed + fabric.global_rank)
+
+    @property
+    def student(self) -> Any:
+        """The library's network that is trained."""
+        return self.detector.model
+
+    @property
+    def choice_split(self) -> str:
+        """Split that is looked at while training: the held-out images where there are any, else the test images."""
+        return "val" if self.data.num_samples("val") > 0 else "test"
+
+    @property
+    def score(self) -> str:
+        """Number whose highest value makes the best checkpoint."""
+        return "AP50" if self.data.metric == "voc" else "AP"
+
+    def batches(self, split: str, batch_size: int, **options: Any) -> Iterator[tuple]:
+        """Batches of a split by the back end; images that cannot be read are the user's to repair."""
+        try:
+            yield from self.backend.batches(self.data, split, batch_size, **self._sharing, **options)
+        except UnreadableImageError as error:
+            raise UserError(str(error)) from error
+
+    def train(self, folder: RunFolder, config: str = "", resume: bool = False) -> dict[str, Any] | None:
+        """Trains and fills the run folder.
+
+        Args:
+            folder: A folder that was prepared.
+            config: Operative configuration, to be kept with the run.
+            resume: Go on from the last checkpoint.
+
+        Returns:
+            The results, or None where `max_steps` ended the training before its end.
+        """
+        fabric = self.trainer.fabric
+        if fabric.is_global_zero:
+            changed = folder.changed_bindings(config) if resume else []
+            if changed:
+                fabric.print("Resuming with other bindings than the run had: " + "; ".join(changed))
+            folder.write_config(config)
+        job = Job(
+            trainer=self.trainer,
+            distiller=self.distiller,
+            batches=partial(self.batches, "train", self.batch_size // self._sharing["world_size"], seed=self.seed),
+            steps_per_epoch=self.steps_per_epoch,
+            samples_per_step=self.batch_size,
+            evaluate=partial(self.evaluate, self.choice_split),
+            describe=lambda batch: f"training images {batch[2].tolist()}",
+            score=self.score,
+            folder=folder,
+            resume=resume,
+        )
+        summary = self.backend.fit(job)
+        if not summary.finished:
+            fabric.print(
+                f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
+            )
+            return None
+        return self._finish(folder, summary)
+
+    def evaluate(self, split: str = "test") -> dict[str, Any]:
+        """Record of one evaluation of the student as it is."""
+        batches = partial(self.batches, split, self.eval_batch_size // self._sharing["world_size"])
+        return self.backend.evaluate(self.detector, self.data, split, batches)
+
+    def load(self, folder: RunFolder) -> bool:
+        """Takes the student of the folder's last checkpoint; returns False where there is none and the weights stay as built.
+
+        Raises:
+            UserError: If there is neither a checkpoint nor a file of weights: nothing to evaluate but random numbers.
+        """
+        if folder.last.is_file():
+            self._load_checkpoint(folder)
+            return True
+        if self.description.setting("weights", self.backend.name) is None:
+            raise UserError(
+                f"Expected a checkpoint in {folder.last.parent}, or weights of the student (got neither). "
+                "Train first, check --output, or set student/DetectorNetwork.weights."
+            )
+        return False
+
+    def _load_checkpoint(self, folder: RunFolder, best: bool = False) -> None:
+        path = folder.best if best else folder.last
+        try:
+            self.distiller.load_state_dict(load_checkpoint(path)["model"])
+        except RuntimeError as error:
+            raise UserError(
+                f"Expected the networks of the configuration in {path} (got others: {error}). Check --gin and --output."
+            ) from error
+
+    def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
+        """Writes the student, in safetensors and in the library's own format, and the results."""
+        final, best = summary.last, summary.best
+        memory = peak_memory(self.trainer.device)
+        if self.choice_split != "test":
+            final = {**(summary.last or {}), **self.evaluate("test")}
+            if best is not None:
+                latest = {name: tensor.clone() for name, tensor in self.distiller.state_dict().items()}
+                self._load_checkpoint(folder, best=True)
+                best = {**best, **self.evaluate("test")}
+                self.distiller.load_state_dict(latest)
+        machine = describe_machine(self.trainer.device)
+        machine["versions"].update(package_versions(("pycocotools", "detectron2")))
+        results = {
+            "student": f"{self.description.architecture} {self.description.config or self.description.backbone}",
+            "backend": self.backend.name,
+            "seed": self.seed,
+            "final": final,
+            "best": best,
+            "chosen_on": self.choice_split,
+            "steps": summary.step,
+            "epochs": summary.step / self.steps_per_epoch,
+            "seconds": summary.seconds,
+            "images_per_second": summary.images_per_second,
+            "peak_memory": memory,
+            "processes": self._sharing["world_size"],
+            "unreadable_images": len(self.data.unreadable),
+            "parameters": {
+                "student": count_parameters(self.student),
+                "teacher": 0 if self.teacher is None else count_parameters(self.teacher.model),
+                "distillation": count_parameters(self.distiller) - count_parameters(self.student),
+            },
+            **machine,
+        }
+        if self.trainer.fabric.is_global_zero:
+            described = {
+                "architecture": self.description.architecture,
+                "backbone": self.description.backbone,
+                "config": self.description.config,
+                "options": self.description.setting("options", self.backend.name),
+                "backend": self.backend.name,
+                "classes": list(self.data.classes),
+                "category_ids": [int(number) for number in self.data.category_ids],
+            }
+            save_student(folder.student, self.student, described)
+            self.detector.save(folder.path / self.backend.checkpoint_name)
+            folder.write_results(results)
+        return results

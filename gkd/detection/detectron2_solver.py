@@ -75,8 +75,9 @@ def _scheduler(config: str, options: tuple[tuple[str, Any], ...], rescale: bool,
 
     read = _solver(config, options)
     solver = read.SOLVER
-    if rescale:
-        solver.STEPS = tuple(round(milestone * total_steps / solver.MAX_ITER) for milestone in solver.STEPS)
+    scale = total_steps / solver.MAX_ITER if rescale else 1.0
+    # Detectron2 takes no two milestones at once, nor one at the end, as a few steps would have them.
+    solver.STEPS = tuple(sorted({step for step in (round(milestone * scale) for milestone in solver.STEPS) if 0 < step < total_steps}))
     solver.MAX_ITER = total_steps
     # A learning rate of 1, so that what comes out is the factor.
     return build_lr_scheduler(read, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))

@@ -122,7 +122,12 @@ def load_backbone(model: nn.Module, weights: str, config: Any) -> None:
                 state = build_classifier(backbone_name(config), weights=weights).state_dict()
             except (OSError, ValueError) as error:
                 raise UserError(str(error)) from error
-        missing, shapes = _load(inner, convert_torchvision(state))
+        converted = convert_torchvision(state)
+        missing, shapes = _load(inner, converted)
+        heads: Any = getattr(model, "roi_heads", None)
+        if hasattr(heads, "res5"):  # without a pyramid, the last stage is a part of the box head
+            further, unequal = _load(heads.res5, {name[5:]: tensor for name, tensor in converted.items() if name.startswith("res5.")})
+            missing, shapes = missing + further, {**shapes, **unequal}
     _check(inner, missing, shapes, weights)
 
 

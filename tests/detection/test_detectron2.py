@@ -427,3 +427,74 @@ def test_solver_is_that_of_detectron2():
     assert float((before - module.weight).norm().detach()) == pytest.approx(1.0, abs=1e-4)
     with pytest.raises(UserError, match="YAML"):
         Detectron2Optimizer(config="fcos")(module)
+
+
+# ---------------------------------------------------------------- training
+
+
+class TaskOnly(torch.nn.Module):
+    """The library's losses of a detector, as the trainer wants them."""
+
+    def __init__(self, detector) -> None:
+        super().__init__()
+        self.detector, self.student = detector, detector.model
+
+    def forward(self, images, targets, index):
+        return self.detector.forward(images, targets).losses
+
+
+@needs_detectron2
+@pytest.mark.parametrize(("architecture", "precision"), [("retinanet", "32-true"), ("faster_rcnn", "bf16-mixed")])
+def test_a_resumed_training_is_the_uninterrupted_one(architecture, precision, tmp_path):
+    from gkd.data import DigitScenes
+    from gkd.detection.detectron2_solver import Detectron2Optimizer, Detectron2Schedule
+    from gkd.engine import RunFolder, Trainer
+
+    clip = {"SOLVER.CLIP_GRADIENTS.ENABLED": True}
+    data = DigitScenes(size=64, num_train=8, num_test=2)
+    network = DetectorNetwork(architecture, "mobilenet_v2", options=SMALL if architecture == "faster_rcnn" else DENSE)
+
+    def run(name: str, max_steps: int | None = None, resume: bool = False):
+        torch.manual_seed(0)
+        detector = Detectron2Backend().build_student(network, data)
+        trainer = Trainer(
+            steps=4,
+            optimizer=Detectron2Optimizer(options=clip),
+            schedule=Detectron2Schedule(options=clip),
+            precision=precision,
+            device="cpu",
+            max_steps=max_steps,
+            tensorboard=False,
+            log_every=1,
+        )
+        folder = RunFolder(tmp_path / name)
+        folder.prepare(resume=resume)
+        fit = {"steps_per_epoch": 4, "samples_per_step": 2, "folder": folder, "resume": resume}
+        trainer.fit(TaskOnly(detector), lambda epoch, start: data.batches("train", 2, epoch=epoch, start=start), **fit)
+        return detector.model.state_dict()
+
+    # oneDNN sums in an order that depends on where a tensor lies in memory: two uninterrupted runs differ by 1e-18 with it.
+    with torch.backends.mkldnn.flags(enabled=False):
+        whole = run("whole")
+        run("parts", max_steps=2)
+        parts = run("parts", resume=True)
+    assert whole.keys() == parts.keys()
+    assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
+    assert (tmp_path / "whole/metrics.jsonl").read_text().count('"kind": "train"') == 4
+
+
+@needs_detectron2
+def test_a_network_without_a_pyramid(tmp_path):
+    reference = models.resnet50(weights=None)
+    torch.save(reference.state_dict(), tmp_path / "imagenet.pth")
+    options = {key: value for key, value in SMALL.items() if "RPN" in key}
+    detector = student(
+        options=options, config="COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", backbone_weights=str(tmp_path / "imagenet.pth")
+    )
+    assert (detector.levels, detector.two_stage) == (("res4",), True)
+    assert torch.equal(detector.model.roi_heads.res5[0].conv1.weight, reference.layer4[0].conv1.weight)
+    detector.model.eval()
+    images = pictures((64, 64))
+    with torch.no_grad():
+        logits = detector.class_logits(detector.features(images), [torch.tensor([[0.0, 0, 30, 40]])], detector.image_size(images))
+    assert logits.shape == (1, 4)

@@ -473,13 +473,11 @@ def test_a_resumed_training_is_the_uninterrupted_one(architecture, precision, tm
         trainer.fit(TaskOnly(detector), lambda epoch, start: data.batches("train", 2, epoch=epoch, start=start), **fit)
         return detector.model.state_dict()
 
-    # oneDNN sums in an order that depends on where a tensor lies in memory: two uninterrupted runs differ by 1e-18 with it.
-    with torch.backends.mkldnn.flags(enabled=False):
-        whole = run("whole")
-        run("parts", max_steps=2)
-        parts = run("parts", resume=True)
-    assert whole.keys() == parts.keys()
-    assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
+    whole = run("whole")
+    run("parts", max_steps=2)
+    parts = run("parts", resume=True)
+    # The gradient of a bias is a sum whose order depends on where the tensor lies in memory: two uninterrupted runs differ by 1e-17 too.
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-15)
     assert (tmp_path / "whole/metrics.jsonl").read_text().count('"kind": "train"') == 4
 
 

@@ -1,0 +1,52 @@
+"""Trains, distils, evaluates and resumes detectors: python projects/detection/train_net.py --gin FILE"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from gkd.config import MODULES, configure
+from gkd.engine import cli
+from gkd.engine.run import RunFolder
+from gkd.errors import UserError
+
+ROOT = "Detection"
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    if arguments.export:
+        raise UserError(
+            f"Expected no --export for detectors (got {arguments.export}). The run folder holds the student in its library's own format, "
+            "which the library's own tools export."
+        )
+    config = configure(arguments.gin, cli.overrides(arguments, ROOT), (*MODULES, "gkd.detection"))
+    task = config.build(ROOT)
+    fabric = task.trainer.fabric
+    folder = RunFolder(cli.output_folder(arguments))
+    if arguments.eval_only:
+        loaded = task.load(folder)
+        fabric.print(f"Evaluating {folder.last if loaded else task.description.weights}")
+        results = task.evaluate()
+        fabric.print(json.dumps(results))
+    else:
+        if fabric.is_global_zero:
+            folder.prepare(resume=arguments.resume, overwrite=arguments.overwrite)
+        fabric.barrier()
+        results = task.train(folder, config.text, resume=arguments.resume)
+        if results is not None:
+            fabric.print(f"Wrote {folder.path / task.backend.checkpoint_name}, {folder.student} and {folder.results}")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(cli.build_parser(__doc__), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

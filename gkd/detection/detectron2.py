@@ -60,9 +60,7 @@ class Detectron2Detector(Detector):
         self.levels = tuple(sorted(shapes, key=lambda name: shapes[name].stride))
         self.two_stage = hasattr(model, "roi_heads") and getattr(model, "proposal_generator", None) is not None
         if hasattr(model, "_ema_update") and not hasattr(model, "loss_normalizer"):
-            # One-stage detectors keep a running mean as a plain number, which a checkpoint would lose; the starting values are theirs.
-            initial = 300.0 if type(model).__name__ == "FCOS" else 100.0
-            model.register_buffer("loss_normalizer", torch.tensor(initial))
+            _keep_normalizer(model, 300.0 if type(model).__name__ == "FCOS" else 100.0)
 
     @property
     def _network(self) -> Any:
@@ -136,7 +134,7 @@ class Detectron2Detector(Detector):
 
     def save(self, path: Path) -> None:
         """Writes ``{'model': weights}``, which `DetectionCheckpointer` loads, and the configuration beside it, with the suffix .yaml."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items() if name != "loss_normalizer"}
+        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         write_atomic(path, lambda file: torch.save({"model": state}, file))
         save_config(self.config, path.with_suffix(".yaml"))
 
@@ -255,6 +253,29 @@ def configure(network: DetectorNetwork, weights: str | None, backbone_weights: s
         set_norm(config, "BN", freeze_at=0)
     update_config(config, network.setting("options", "detectron2"))
     return config
+
+
+def _keep_normalizer(model: nn.Module, initial: float) -> None:
+    """Lets checkpoints of a training have the running mean that one-stage detectors divide by, a plain number in Detectron2.
+
+    The model's own `state_dict` stays as Detectron2 has it: the number is there only where the model is a part of something greater.
+
+    Args:
+        model: RetinaNet, FCOS or their like.
+        initial: What Detectron2 starts from.
+    """
+    model.register_buffer("loss_normalizer", torch.tensor(initial))
+    model.register_state_dict_post_hook(_leave_normalizer_out)
+    model.register_load_state_dict_pre_hook(_fill_normalizer_in)
+
+
+def _leave_normalizer_out(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if not prefix:
+        state.pop("loss_normalizer", None)
+
+
+def _fill_normalizer_in(model: Any, state: dict[str, Any], prefix: str, *further: Any) -> None:
+    state.setdefault(f"{prefix}loss_normalizer", model.loss_normalizer)
 
 
 @contextmanager

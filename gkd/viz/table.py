@@ -76,6 +76,8 @@ class Column(NamedTuple):
 
     title: str
     text: Callable[[Row], str]
+    essential: bool = True
+    """Whether it is shown where there is no room for all."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Comparison:
         name = {"top1": "top-1"}.get(self.metric, self.metric)
         columns = [
             Column("method", lambda row: row.method),
-            Column("seeds", lambda row: str(row.seeds)),
+            Column("seeds", lambda row: str(row.seeds), essential=False),
             Column(f"{name} last", lambda row: _spread(row.last)),
             Column(f"{name} best", lambda row: _spread(row.best)),
         ]
@@ -109,26 +111,34 @@ class Comparison:
                 Column(f"{100 * self.confidence:g} % interval", _interval),
             ]
         costs = [
-            Column("agreement", lambda row: _spread(row.agreement)),
-            Column("ms/step", lambda row: NONE if row.step_ms is None else _number(row.step_ms.mean)),
-            Column("extra parameters", lambda row: NONE if row.extra_parameters is None else f"{row.extra_parameters:,}"),
-            Column("peak memory", lambda row: NONE if row.memory is None else format_bytes(row.memory)),
+            Column("agreement", lambda row: _spread(row.agreement), essential=False),
+            Column("ms/step", lambda row: NONE if row.step_ms is None else _number(row.step_ms.mean), essential=False),
+            Column("extra parameters", lambda row: NONE if row.extra_parameters is None else f"{row.extra_parameters:,}", essential=False),
+            Column("peak memory", lambda row: NONE if row.memory is None else format_bytes(row.memory), essential=False),
             Column("seconds", lambda row: NONE if row.seconds is None else _number(row.seconds.mean)),
         ]
         return columns + [column for column in costs if any(column.text(row) != NONE for row in self.rows)]
 
-    def to_rich(self, title: str | None = None) -> Table:
-        """The table for the terminal."""
+    def to_rich(self, title: str | None = None, width: int = 80) -> Table:
+        """The table for the terminal; where it would be wider than ``width``, the essential columns only."""
+        from rich.console import Console
+        from rich.measure import Measurement
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", caption=self.note(), caption_justify="left", header_style="bold")
-        columns = self.columns()
-        for number, column in enumerate(columns):
-            # Only the method's name may wrap or be cut: half a number would be another one.
-            table.add_column(Text(column.title), justify="right" if number else "left", no_wrap=number > 0)
-        for row in self.rows:
-            table.add_row(*(Text(column.text(row), style=self._style(row, column)) for column in columns))
+        def build(columns: Sequence[Column]) -> Table:
+            table = Table(title=title, title_justify="left", caption=self.note(), caption_justify="left", header_style="bold")
+            for number, column in enumerate(columns):
+                # Nothing is cut: half a number would be another one.
+                table.add_column(Text(column.title), justify="right" if number else "left", no_wrap=True)
+            for row in self.rows:
+                table.add_row(*(Text(column.text(row), style=self._style(row, column)) for column in columns))
+            return table
+
+        table = build(self.columns())
+        wide = Console(width=1000)
+        if Measurement.get(wide, wide.options, table).maximum > width:
+            table = build([column for column in self.columns() if column.essential])
         return table
 
     def to_csv(self) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -16,14 +14,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from rich.console import Console
+
 from gkd.engine import cli
 from gkd.engine.checkpoint import write_atomic
 from gkd.engine.run import RunFolder
 from gkd.errors import UserError
+from gkd.viz import compare, read_run, write_comparison, write_report
 
 TEACHER = "gin/classification/digits_teacher.gin"
 METHODS = {"alone": ["gin/base/alone.gin"], "KD": ["gin/methods/kd.gin"], "graph + KD": []}
-COLUMNS = ("student", "last top-1", "best top-1", "agreement", "seconds")
 
 
 def train(files: Sequence[str], bindings: Sequence[str], output: Path, log: Path | None) -> dict[str, Any]:
@@ -41,9 +41,10 @@ def train(files: Sequence[str], bindings: Sequence[str], output: Path, log: Path
     folder = RunFolder(output)
     folder.prepare(overwrite=True)
     results = task.train(folder, config.text)
-    sys.stdout = sys.__stdout__
     if results is None:
         raise UserError("Expected every run to reach its end (got Trainer.max_steps)")
+    write_report(folder, task.distiller, task.data)
+    sys.stdout = sys.__stdout__
     return results
 
 
@@ -57,47 +58,30 @@ def run(arguments: argparse.Namespace) -> None:
     teacher = train([TEACHER], device, root / "teacher", None)
 
     weights = f"TEACHER_WEIGHTS = {str(root / 'teacher' / 'student.safetensors')!r}"
-    jobs = {}
+    jobs, folders = {}, {}
     workers = min(os.cpu_count() or 1, len(METHODS) * arguments.seeds)
     print(f"Training {len(METHODS)} x {arguments.seeds} students, {workers} at a time", flush=True)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for method, files in METHODS.items():
             for seed in range(arguments.seeds):
-                output = root / method.replace(" + ", "_") / f"seed{seed}"
+                output = folders[method, seed] = root / method.replace(" + ", "_") / f"seed{seed}"
                 bindings = [*arguments.set, *device, weights, f"Classification.seed = {seed}"]
                 jobs[method, seed] = pool.submit(
                     train, [*arguments.gin, *files], bindings, output, root / "logs" / f"{output.parent.name}_{seed}.txt"
                 )
-        results = {key: job.result() for key, job in jobs.items()}
+        for job in jobs.values():
+            job.result()
 
-    rows = [summarize(method, [results[method, seed] for seed in range(arguments.seeds)]) for method in METHODS]
+    runs = [read_run(folders[method, seed], method, seed) for method, seed in jobs]
+    table = compare(runs, baseline="KD")
     top1 = teacher["final"]["top1"]
-    head = f"Teacher {teacher['student']}: {top1:.2f} %. Mean and standard deviation of {arguments.seeds} seeds, in percent."
-    table = format_table(head, rows)
-    write_atomic(root / "table.md", lambda file: file.write(table.encode()))
-    report = {"teacher": teacher, "runs": [{"method": method, **result} for (method, _), result in results.items()]}
-    write_atomic(root / "results.json", lambda file: file.write(json.dumps(report, indent=2).encode()))
-    print(f"\n{table}\n{time.perf_counter() - begin:.0f} s in all. Report: {root / 'table.md'}; every run has its own folder in {root}")
-
-
-def summarize(method: str, results: Sequence[dict[str, Any]]) -> list[str]:
-    def spread(values: Sequence[float]) -> str:
-        return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
-
-    numbers = [
-        spread([result[which][name] for result in results]) for which, name in (("final", "top1"), ("best", "top1"), ("final", "agreement"))
-    ]
-    return [method, *numbers, f"{statistics.fmean(result['seconds'] for result in results):.1f}"]
-
-
-def format_table(head: str, rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines = [COLUMNS, ["-" * width for width in widths], *rows]
-    return (
-        head
-        + "\n\n"
-        + "".join("| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |\n" for line in lines)
-    )
+    head = f"Teacher {teacher['student']}: {top1:.2f} % top-1. Students: mean and standard deviation of {arguments.seeds} seeds."
+    report = write_comparison(root / "report.html", runs, baseline="KD", title="Handwritten digits", lead=head)
+    for name, text in (("table.md", table.to_markdown()), ("table.csv", table.to_csv())):
+        write_atomic(root / name, lambda file, text=text: file.write(text.encode()))
+    console = Console()
+    console.print(table.to_rich(head, width=console.width))
+    print(f"{time.perf_counter() - begin:.0f} s in all. Report: {report}; every run has a folder and a report of its own in {root}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

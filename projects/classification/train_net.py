@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gkd.config import configure
 from gkd.engine import cli
 from gkd.engine.run import RunFolder
+from gkd.viz import write_report
 
 ROOT = "Classification"
 
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         results = task.train(folder, config.text, resume=arguments.resume)
         if results is not None:
             fabric.print(f"Wrote {folder.student} and {folder.results}")
+            if fabric.is_global_zero:
+                fabric.print(f"Wrote {write_report(folder, task.distiller, task.data)}")
     if arguments.export and results is not None:
         fabric.print(f"Wrote {task.export(arguments.export, folder)}")
     return results

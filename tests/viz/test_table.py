@@ -98,7 +98,7 @@ def test_csv_keeps_all_digits():
 def test_formats_agree():
     table = compare(three_seeds(), baseline="alone")
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table.to_rich("digits"))
+    console.print(table.to_rich("digits", width=200))
     terminal, page, markdown = console.export_text(), table.to_html(), table.to_markdown()
     for cell in ("72.00 ± 2.65", "+2.00", "[-0.48, +4.48]", "1.50 GiB", "250"):
         assert cell in terminal

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 
 from gkd.engine import cli
-from gkd.engine.checkpoint import write_atomic
 from gkd.engine.run import RunFolder
 from gkd.errors import UserError
 from gkd.viz import compare, read_run, write_comparison, write_report
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     head = f"Teacher {teacher['student']}: {top1:.2f} % top-1. Students: mean and standard deviation of {arguments.seeds} seeds."
     report = write_comparison(root / "report.html", runs, baseline="KD", title="Handwritten digits", lead=head)
     for name, text in (("table.md", table.to_markdown()), ("table.csv", table.to_csv())):
-        write_atomic(root / name, lambda file, text=text: file.write(text.encode()))
+        (root / name).write_text(text)
     console = Console()
     console.print(table.to_rich(head, width=console.width))
     print(f"{time.perf_counter() - begin:.0f} s in all. Report: {report}; every run has a folder and a report of its own in {root}")

@@ -61,6 +61,7 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], ob
         0; 2 for a mistake of the user's; 1 where the losses are no numbers; 128 + signal where a signal ended it.
     """
     arguments = parser.parse_args(argv)
+    sys.path.append(str(Path.cwd()))  # the user's own package.module:factory, and imports in gin files
     try:
         run(arguments)
     except (UserError, NonFiniteLossError) as error:

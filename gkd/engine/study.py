@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from gkd.errors import UserError
 
 if TYPE_CHECKING:
-    import optuna
     from collections.abc import Iterator
+
+    import optuna
 
 Sampler = Literal["grid", "random", "tpe"]
 

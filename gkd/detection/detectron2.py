@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gkd.detection.detectron2_config import (
-    ARCHITECTURES,
-    BACKBONES,
     build_detector,
     input_format,
     norm_of,
@@ -26,6 +24,8 @@ from gkd.detection.detectron2_config import (
     use_torchvision_layout,
     without_masks,
 )
+from gkd.detection.detectron2_data import Detectron2Data
+from gkd.detection.detectron2_solver import Detectron2Optimizer, Detectron2Schedule
 from gkd.detection.detectron2_weights import config_of_weights, is_of_detectron2, load_backbone, load_detector
 from gkd.detection.interface import Backend, Detections, Detector, DetectorNetwork, Images, Output, Targets
 from gkd.engine.checkpoint import write_atomic
@@ -172,8 +172,7 @@ class Detectron2Backend(Backend):
 
     Training is gkd's, not `DefaultTrainer`'s: one run folder, one command line, one way to resume for both libraries, and that bit for bit,
     which Detectron2's endless sampler does not offer. Detectron2's optimisers and learning rates go into the trainer as
-    :class:`~gkd.detection.detectron2_solver.Detectron2Optimizer` and ``Detectron2Schedule``, its data sets as
-    :class:`~gkd.detection.detectron2_data.Detectron2Data`.
+    `Detectron2Optimizer` and `Detectron2Schedule`, its data sets into the task as `Detectron2Data`.
 
     Args:
         evaluator: ``'gkd'``, the same numbers for all libraries; or ``'detectron2'``: `COCOEvaluator`, `PascalVOCDetectionEvaluator`.
@@ -292,4 +291,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 BACKEND = Detectron2Backend
 
-__all__ = ["ARCHITECTURES", "BACKBONES", "BACKEND", "PUBLISHED", "Detectron2Backend", "Detectron2Detector", "configure"]
+# What a configuration may bind; Detectron2 itself is imported when one of them is built.
+__all__ = ["Detectron2Backend", "Detectron2Data", "Detectron2Optimizer", "Detectron2Schedule"]

@@ -500,3 +500,50 @@ def test_a_network_without_a_pyramid(tmp_path):
     with torch.no_grad():
         logits = detector.class_logits(detector.features(images), [torch.tensor([[0.0, 0, 30, 40]])], detector.image_size(images))
     assert logits.shape == (1, 4)
+
+
+@needs_detectron2
+def test_distillation_through_the_task(tmp_path):
+    """From the interface to the run folder; the teacher's heads are asked for class logits only."""
+    from functools import partial
+
+    from gkd.data import DigitScenes
+    from gkd.detection.task import Detection
+    from gkd.distill import Distiller
+    from gkd.engine import RunFolder, Trainer
+    from gkd.graphs import GraphBuilder, KNNEdges, PatchNodes
+    from gkd.losses import EdgeLoss, GraphLoss, KDLoss
+
+    data = DigitScenes(size=64, num_train=4, num_test=2)
+    teacher = Detectron2Backend().build_student(DetectorNetwork(backbone="resnet18", options={**SMALL, "MODEL.FPN.OUT_CHANNELS": 32}), data)
+    teacher.save(tmp_path / "teacher.pth")
+    called = []
+    for weight in (0, 1):
+        task = Detection(
+            student=DetectorNetwork(backbone="mobilenet_v2", options=SMALL),
+            teacher=DetectorNetwork(weights=str(tmp_path / "teacher.pth")),
+            data=data,
+            backend=Detectron2Backend(evaluator="detectron2"),
+            distiller=partial(
+                Distiller,
+                taps={"p4": "p4"},
+                terms={"edge": GraphLoss(GraphBuilder(PatchNodes(grid=4), KNNEdges(k=2)), {"edge": EdgeLoss()}), "kd": KDLoss()},
+                weights={"kd": weight},
+            ),
+            trainer=Trainer(steps=1, device="cpu", tensorboard=False),
+            batch_size=2,
+        )
+        called.clear()
+        heads = [task.teacher.model.proposal_generator, task.teacher.model.roi_heads.box_head]
+        for head in heads:
+            head.register_forward_hook(lambda module, inputs, output: called.append(type(module).__name__))
+        folder = RunFolder(tmp_path / str(weight))
+        folder.prepare()
+        results = task.train(folder)
+        assert called == ["FastRCNNConvFCHead"] * weight
+        record = (folder.path / "metrics.jsonl").read_text()
+        assert ('"loss/kd"' in record, '"loss/edge/p4/edge"' in record) == (bool(weight), True)
+        assert results["backend"] == "detectron2"
+        assert "AP" in results["final"]
+        assert {"student.pth", "student.yaml", "student.safetensors"} <= {file.name for file in folder.path.iterdir()}
+        assert not any("normalizer" in name or "teacher" in name for name in torch.load(folder.path / "student.pth")["model"])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class ChannelNodes(nn.Module):
 
     def forward(self, features: Tensor) -> Nodes:
         """Nodes of B graphs with C nodes each."""
-        x = _pooled(features, self.grid).flatten(2)
+        x = _pooled(check_features(features, (4,), "[B, C, h, w]"), self.grid).flatten(2)
         return Nodes(centered(x) if self.center else x)
 
     def extra_repr(self) -> str:
@@ -90,7 +90,7 @@ class PatchNodes(nn.Module):
 
     def forward(self, features: Tensor) -> Nodes:
         """Nodes of B graphs with h * w nodes each."""
-        pooled = _pooled(features, self.grid)
+        pooled = _pooled(check_features(features, (4,), "[B, C, h, w]"), self.grid)
         batch_size, _, height, width = pooled.shape
         x = pooled.flatten(2).mT.contiguous()
         column = (torch.arange(width, device=x.device, dtype=x.dtype) + 0.5) / width
@@ -104,40 +104,37 @@ class PatchNodes(nn.Module):
 
 
 class InstanceNodes(nn.Module):
-    """Every image of the batch is a node of *one* graph, described by its whole feature map.
+    """Every image of the batch is a node of *one* graph, described by its feature map.
 
     Args:
-        pool: 'flatten' keeps the whole map as a row, 'mean' averages it to one number a channel.
+        grid: Size (height, width) to which every map is average-pooled: 1 leaves one number a channel, None keeps the whole map.
         center: Subtracts the mean row of the batch.
 
     Shapes:
-        - **features** [B, C, h, w] or [B, D]; **output.x** [1, B, C * h * w] or [1, B, C] or [1, B, D]
+        - **features** [B, C, h, w] or [B, D]; **output.x** [1, B, C * h * w] or [1, B, D]
 
     Raises:
         ValueError: If the features do not have one of these shapes, have empty rows, or (checked on the CPU only) are not finite.
 
     Examples:
-        >>> InstanceNodes(pool='mean')(torch.rand(5, 16, 8, 8)).x.shape
+        >>> InstanceNodes(grid=1)(torch.rand(5, 16, 8, 8)).x.shape
         torch.Size([1, 5, 16])
     """
 
-    def __init__(self, pool: Literal["flatten", "mean"] = "flatten", center: bool = False) -> None:
+    def __init__(self, grid: int | tuple[int, int] | None = None, center: bool = False) -> None:
         super().__init__()
-        if pool not in ("flatten", "mean"):
-            raise ValueError(f"Expected pool 'flatten' or 'mean' (got {pool!r})")
-        self.pool = pool
+        self.grid = _grid_size(grid)
         self.center = center
 
     def forward(self, features: Tensor) -> Nodes:
         """Nodes of one graph with B nodes."""
         features = check_features(features, (2, 4), "[B, C, h, w] or [B, D]")
-        x = features.mean(dim=(2, 3)) if self.pool == "mean" and features.dim() == 4 else features.flatten(1)
-        x = x[None]
+        x = (_pooled(features, self.grid) if features.dim() == 4 else features).flatten(1)[None]
         return Nodes(centered(x) if self.center else x)
 
     def extra_repr(self) -> str:
         """Arguments, for printing."""
-        return f"pool={self.pool!r}, center={self.center}"
+        return f"grid={self.grid}, center={self.center}"
 
 
 class RegionNodes(nn.Module):
@@ -247,7 +244,6 @@ def check_features(features: Tensor, ranks: tuple[int, ...], shape: str) -> Tens
 
 
 def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    features = check_features(features, (4,), "[B, C, h, w]")
     if grid is None or grid == tuple(features.shape[2:]):
         return features
     if features.numel() == 0:

@@ -301,7 +301,7 @@ class TestSharedTensors:
 
 @pytest.mark.parametrize("name", ["channel-knn", "channel-euclidean", "channel-lowrank", "patch-grid", "instance"])
 def test_compiles_in_one_graph(name):
-    builder = BUILDERS.get(name, GraphBuilder(InstanceNodes("mean"), AttentionEdges(k=2)))
+    builder = BUILDERS.get(name, GraphBuilder(InstanceNodes(grid=1), AttentionEdges(k=2)))
     torch.compiler.reset()
     compiled = torch.compile(builder, fullgraph=True, backend="aot_eager")
     maps = features(4).requires_grad_()

@@ -15,7 +15,7 @@ MAP_NODES = [
     PatchNodes(),
     PatchNodes(grid=(2, 1)),
     InstanceNodes(),
-    InstanceNodes("mean"),
+    InstanceNodes(grid=1),
 ]
 
 
@@ -57,8 +57,8 @@ class TestMaps:
     def test_instance_nodes_are_one_graph(self):
         features = torch.rand(5, 3, 2, 2)
         assert torch.equal(InstanceNodes()(features).x, features.flatten(1)[None])
-        torch.testing.assert_close(InstanceNodes("mean")(features).x, features.mean(dim=(2, 3))[None])
-        assert torch.equal(InstanceNodes("mean")(features[:, :, 0, 0]).x, features[None, :, :, 0, 0])
+        torch.testing.assert_close(InstanceNodes(grid=1)(features).x, features.mean(dim=(2, 3))[None])
+        assert torch.equal(InstanceNodes(grid=1)(features[:, :, 0, 0]).x, features[None, :, :, 0, 0])
 
     def test_center_by_hand(self):
         # Channels (1, 2) and (3, 6): the mean row is (2, 4), and (-1, -2), (1, 2) are left.
@@ -118,8 +118,8 @@ class TestMaps:
     def test_bad_options(self):
         with pytest.raises(ValueError, match=r"Expected a positive size or \(height, width\) \(got 0\)"):
             ChannelNodes(grid=0)
-        with pytest.raises(ValueError, match=r"Expected pool 'flatten' or 'mean' \(got 'max'\)"):
-            InstanceNodes("max")
+        with pytest.raises(ValueError, match=r"Expected a positive size or \(height, width\) \(got \(2, 0\)\)"):
+            InstanceNodes(grid=(2, 0))
 
 
 class TestRegions:

@@ -10,7 +10,7 @@ from torch_geometric.data import Batch
 from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.nodes import ChannelNodes, RegionNodes
 from gkd.graphs.spectral import Spectrum
-from gkd.losses.precision import at_least_float32, full_precision
+from gkd.losses.precision import full_precision
 
 __all__ = ["GraphLoss"]
 
@@ -126,7 +126,7 @@ class GraphLoss(nn.Module):
         if not wanted:
             return {}
         with full_precision(student_map):
-            student_map, teacher_map = at_least_float32(student_map), at_least_float32(teacher_map.detach())
+            teacher_map = teacher_map.detach()  # the nodes lift both to float32, after which a large map can go
             if student_map.numel() == 0 or teacher_map.numel() == 0:
                 return dict.fromkeys(wanted, 0 * student_map.sum())
             student, teacher = map(Spectrum, self.graphs(student_map, teacher_map, *node_args))

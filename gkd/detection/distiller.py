@@ -111,11 +111,8 @@ class DetectionNetworks(Networks):
     def logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal."""
         assert self.teacher is not None
-        if output.proposals is None or not self.teacher.two_stage:
-            raise UserError(
-                "Expected two-stage detectors for a term of class logits, such as KDLoss (got one without proposals). Take the term out of "
-                "Distiller.terms, or set DetectorNetwork.architecture = 'faster_rcnn' for both."
-            )
+        if output.proposals is None:
+            raise UserError(f"Expected a student with proposals for a term of class logits (got {type(self.student.model).__name__})")
         shared = shared_proposals(output.proposals, self.choice.proposals, output.image_size)
         boxes = list(shared.unbind())
         own = self.student.class_logits(output.features, boxes, output.image_size)

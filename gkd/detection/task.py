@@ -79,6 +79,12 @@ class Detection:
             task=TaskLosses(),
             networks=DetectionNetworks(self.detector, self.teacher, regions or Regions(), self.data.num_classes),
         )
+        compares_logits = any(getattr(term, "level", None) == "logits" for term in self.distiller.terms.values())
+        if compares_logits and not all(detector.two_stage for detector in (self.detector, self.teacher) if detector is not None):
+            raise UserError(
+                "Expected two-stage detectors for a term of class logits, such as KDLoss (got one without proposals). Take the term out of "
+                "Distiller.terms, give it the weight 0, or set DetectorNetwork.architecture = 'faster_rcnn' for both."
+            )
         self.distiller.to(fabric.device)
         if fabric.world_size > 1:
             seed_everything(seed + fabric.global_rank)

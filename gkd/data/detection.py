@@ -224,7 +224,7 @@ class DetectionData:
             failed = {str(samples[row].source): item for (row, _), item in zip(step, read, strict=True) if isinstance(item, str)}
             self._take_note(failed, len(batch))
             pixels = [item[0].to(device, non_blocking=True) for _, item in batch]
-            targets = [self._target(samples[row], *item, device) for row, item in batch]
+            targets = [self._target(samples[row], item[0], item[1], device) for row, item in batch]
             yield pixels, targets, torch.tensor([row for row, _ in batch])
 
     def _target(self, sample: Sample, image: Tensor, is_flipped: bool, device: torch.device | str) -> dict[str, Any]:

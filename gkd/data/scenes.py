@@ -76,7 +76,8 @@ class DigitScenes(DetectionData):
         self._scenes: dict[tuple[str, int], Tensor] = {}
         parts = {}
         for number, (part, count) in enumerate((("train", num_train), ("test", num_test))):
-            samples, annotations = [], []
+            samples: list[Sample] = []
+            annotations: list[dict[str, Any]] = []
             for index in range(count):
                 chance = np.random.default_rng(mix(scene_seed, number, index))
                 image, boxes, labels = compose(chance, pools[part], size, digits, scale, clutter, overlap)
@@ -204,7 +205,8 @@ def _draw_clutter(chance: np.random.Generator, canvas: Array, digits: Array, siz
     rows = slice(0, max(2, height // 2)) if chance.random() < 0.5 else slice(height // 2, height)
     piece = glyph[rows, : max(2, round(glyph.shape[1] * 0.6))]
     if max(piece.shape) < size:
-        _paint(chance, canvas, piece, *(int(chance.integers(0, size - length + 1)) for length in piece.shape), contrast=0.1)
+        top, left = (int(chance.integers(0, size - length + 1)) for length in piece.shape)
+        _paint(chance, canvas, piece, top, left, contrast=0.1)
 
 
 def _draw_line(chance: np.random.Generator, canvas: Array, size: int) -> None:

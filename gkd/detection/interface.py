@@ -110,8 +110,7 @@ class Detector(ABC):
     """One network of a library, called the way distillation needs it.
 
     It is no module: what is trained, saved and exported is `model`, an ordinary network of the library. Boxes are always in pixels of the
-        images as
-    given. As padding goes to the right and below, they are at the same place in the padded batch.
+    images as given. As padding goes to the right and below, they are at the same place in the padded batch.
 
     Attributes:
         model: The library's network. A student's is in training mode when `forward` is called; the others work in either mode, and change

@@ -63,6 +63,7 @@ class TorchvisionDetector(Detector):
         self.two_stage = isinstance(model, detection.FasterRCNN)
         self._labels = None if labels is None else tuple(labels)
         self._keys = _level_names(model)
+        self._tables: dict[torch.device, Tensor] = {}
         self.levels = tuple(self._keys)
 
     def image_size(self, images: Images) -> tuple[int, int]:
@@ -131,7 +132,9 @@ class TorchvisionDetector(Detector):
     def _label_table(self, device: torch.device) -> Tensor:
         if self._labels is None:
             raise UserError("Expected a detector of the data's classes for its losses, scores and detections (got one of other classes)")
-        return torch.tensor(self._labels, device=device)
+        if device not in self._tables:  # made once: a copy to a GPU would wait for it in every step
+            self._tables[device] = torch.tensor(self._labels, device=device)
+        return self._tables[device]
 
 
 class TorchvisionBackend(Backend):

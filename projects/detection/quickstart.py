@@ -32,7 +32,7 @@ LEAST_SCORE = 0.3  # of what is drawn
 
 
 def build(files: Sequence[str], bindings: Sequence[str]) -> tuple[Any, str]:
-    config = configure(files, bindings, (*MODULES, "gkd.detection"))
+    config = configure(files, bindings, (*MODULES, "gkd.detection", "gkd.detection.detectron2"))
     return config.build("Detection"), config.text
 
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
             f"Expected no --export for detectors (got {arguments.export}). The run folder holds the student in its library's own format, "
             "which the library's own tools export."
         )
-    config = configure(arguments.gin, cli.overrides(arguments, ROOT), (*MODULES, "gkd.detection"))
+    config = configure(arguments.gin, cli.overrides(arguments, ROOT), (*MODULES, "gkd.detection", "gkd.detection.detectron2"))
     task = config.build(ROOT)
     fabric = task.trainer.fabric
     folder = RunFolder(cli.output_folder(arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,13 +38,20 @@ def require_detectron2() -> None:
     """Makes sure that Detectron2 is there.
 
     Raises:
-        UserError: If it is not.
+        UserError: If it is not, or does not import.
     """
-    if not is_available():
-        raise UserError(
-            f"Expected Detectron2 for backend = 'detectron2' (got none that imports). Install it as {INSTALL_PAGE} says, "
-            "or choose backend = 'torchvision'."
-        )
+    found = "none that is installed"
+    if is_available():
+        try:
+            importlib.import_module("detectron2.modeling")
+        except ImportError as error:  # one that was built for another torch, say
+            found = f"one that does not import: {error}"
+        else:
+            return
+    raise UserError(
+        f"Expected Detectron2 for Detection.backend = 'detectron2' (got {found}). Install it as {INSTALL_PAGE} says, or set "
+        "Detection.backend = 'torchvision'."
+    )
 
 
 def find_config(source: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -157,7 +158,8 @@ def work(
 
 def _keep(plan: Plan, study: Study, cell: Cell, job: Job, outcome: Record, tell: Callable[[str], None]) -> None:
     metric = plan.sweep.metric
-    if outcome.results is not None and not isinstance((outcome.results.get("final") or {}).get(metric), int | float):
+    score = None if outcome.results is None else (outcome.results.get("final") or {}).get(metric)
+    if outcome.results is not None and not (isinstance(score, int | float) and math.isfinite(score)):
         outcome = Record(None, f"its results have no final {metric}", -1)
     about = {"label": cell.point.label, "seed": cell.seed, "folder": str(job.folder.path), "command": job.command}
     if not study.record(cell.key, about, cell.point.values, plan.sweep.values, outcome, metric):

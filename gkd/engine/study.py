@@ -253,7 +253,9 @@ def _trial(
 ) -> optuna.trial.FrozenTrial:
     import optuna
 
-    kinds = {axis: optuna.distributions.CategoricalDistribution(list(axes[axis])) for axis in values}
+    kinds: dict[str, optuna.distributions.BaseDistribution] = {
+        axis: optuna.distributions.CategoricalDistribution(list(axes[axis])) for axis in values
+    }
     return optuna.trial.create_trial(state=state, value=value, params=dict(values), distributions=kinds, user_attrs=dict(attributes))
 
 

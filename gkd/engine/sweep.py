@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -140,11 +140,16 @@ class Sweep:
         """The values of every axis, as they are called."""
         return {axis: list(choices) for axis, choices in self.axes.items()}
 
+    @property
+    def constant(self) -> set[str]:
+        """Axes of one value, which hold what the references do not have; they are left out of the labels."""
+        return {axis for axis, choices in self.axes.items() if len(choices) == 1}
+
     def point(self, values: Mapping[str, str]) -> Point:
         """The point with these values on the axes."""
         chosen = [part for axis, choices in self.axes.items() for part in choices[values[axis]]]
         files, bindings = _split(chosen)
-        return Point(", ".join(values.values()), dict(values), files, bindings, (dict(values),))
+        return Point(_label(values, self.constant), dict(values), files, bindings, (dict(values),))
 
     def reference_points(self) -> list[Point]:
         """The points beside the grid."""
@@ -181,7 +186,7 @@ class Plan:
         if sweep.sampler != "grid":
             kept = [(point, text) for point, text in zip(checked, texts, strict=True) if not point.values]
             checked, texts = [point for point, _ in kept], [text for _, text in kept]
-        self._points = merge(checked, texts)
+        self._points = merge(checked, texts, sweep.constant)
         self._sampled: list[tuple[Point, str]] = []
         self._proposed = 0
         labels = [point.label for point, _ in self._points]
@@ -249,12 +254,13 @@ class Plan:
             raise UserError(f"In the cell '{point.label}' of the sweep: {error}") from error
 
 
-def merge(points: Sequence[Point], texts: Sequence[str]) -> list[tuple[Point, str]]:
+def merge(points: Sequence[Point], texts: Sequence[str], constant: Collection[str] = ()) -> list[tuple[Point, str]]:
     """Joins points whose configurations are the same; what they have not in common makes no difference and leaves their label.
 
     Args:
         points: The points.
         texts: Their configurations.
+        constant: Axes that are left out of the labels.
     """
     same: dict[str, list[Point]] = {}
     for point, text in zip(points, texts, strict=True):
@@ -263,14 +269,18 @@ def merge(points: Sequence[Point], texts: Sequence[str]) -> list[tuple[Point, st
     for text, group in same.items():
         first = group[0]
         values = {axis: value for axis, value in first.values.items() if all(other.values.get(axis) == value for other in group)}
-        label = first.label if len(group) == 1 or not first.values else ", ".join(values.values()) or first.label
+        label = first.label if len(group) == 1 or not first.values else _label(values, constant) or first.label
         covers = tuple(values for point in group for values in point.covers)
         merged.append((replace(first, label=label, values=values, covers=covers), text))
     labels = [point.label for point, _ in merged]
     return [
-        (replace(point, label=", ".join(point.covers[0].values())) if labels.count(point.label) > 1 and point.covers else point, text)
+        (replace(point, label=_label(point.covers[0], ())) if labels.count(point.label) > 1 and point.covers else point, text)
         for point, text in merged
     ]
+
+
+def _label(values: Mapping[str, str], constant: Collection[str]) -> str:
+    return ", ".join(value for axis, value in values.items() if axis not in constant) or ", ".join(values.values())
 
 
 def _several(choice: Choice) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ from gkd.engine.checkpoint import write_atomic
 from gkd.engine.run import save_student
 from gkd.engine.study import Record, Study
 from gkd.engine.sweep import Cell, Plan, Point, Sweep
-from gkd.errors import UserError
 from gkd.viz import draw_heatmap, page
 from gkd.viz.comparison import write_comparison
 from gkd.viz.report import read_metrics

@@ -1,7 +1,7 @@
 # `make` alone lists the targets. Settings: PYTHON (makes the environment), PIP_ARGS (as for pip install), PYTEST_ARGS.
 PYTHON ?= python3
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses=logical
 
 # An active virtual environment is used as it is; without one, .venv is made.
 ENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)

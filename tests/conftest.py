@@ -19,8 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # More threads than cores (or than the user grants) make small tensors slower, not faster.
-    if "OMP_NUM_THREADS" not in os.environ:
+    # More threads than cores (or than the user grants) make small tensors slower, not faster; beside other test processes one is right.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -197,10 +198,15 @@ def _build(network: DetectorNetwork, data: Any, is_teacher: bool = False) -> Tor
         ratios = (1.0,) if network.architecture == "fcos" else (0.5, 1.0, 2.0)
         generator = AnchorGenerator(tuple(tuple(int(size * 2**third) for third in thirds) for size in sizes), (ratios,) * len(sizes))
         options["rpn_anchor_generator" if two_stage else "anchor_generator"] = generator
-    try:
-        model = CLASSES[network.architecture](pyramid, None if "box_predictor" in options else places, **options)
-    except TypeError as error:
-        raise ValueError(f"Expected options that torchvision's {CLASSES[network.architecture].__name__} takes (got: {error})") from error
+    # The classes pass what they do not know on to their transform, which ignores it.
+    known = [*inspect.signature(CLASSES[network.architecture].__init__).parameters, "size_divisible"]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(
+            f"Expected options that torchvision's {CLASSES[network.architecture].__name__} takes, such as {near(unknown[0], known)} "
+            f"(got {unknown[0]!r})"
+        )
+    model = CLASSES[network.architecture](pyramid, None if "box_predictor" in options else places, **options)
     if weights is not None:
         _load(model, weights)
     return TorchvisionDetector(model, labels)

@@ -38,7 +38,7 @@ def test_the_choice_of_a_back_end(monkeypatch):
 
 
 def test_detectron2_demanded_but_absent(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "detectron2" or name.startswith("gkd.detection.detectron2")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "detectron2"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
     with pytest.raises(UserError, match=r"Detectron2 .*https://detectron2.readthedocs.io/en/latest/tutorials/install.html"):

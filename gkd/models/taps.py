@@ -85,6 +85,9 @@ class _Recorder:
                     "(got an in-place change); call again: it is copied from now on"
                 )
             self.overwritten[path, training] = changed or self.overwritten.get((path, training), False)
+            if not self.overwritten[path, training]:
+                # The copy was not needed: the first call gives what all later ones give, or gradients would be summed in another order.
+                self.maps[path] = output
 
     def clear(self) -> None:
         self.active = False

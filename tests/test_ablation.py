@@ -65,15 +65,29 @@ def read(file: Path):
 def points_of(sweep_module, file: Path, weights: Path, further=("Trainer.device = 'cpu'",)):
     """The cells of a shipped file, with an untrained teacher at `weights`; each is built, and those that are the same are one."""
     sweep = read(file)
-    save_file(build_classifier("resnet20", num_classes=10).state_dict(), weights)
     sweep.teacher_weights = weights
-    commands = sweep_module.Commands(sweep, list(further))
+    further = [*further]
+    if sweep.teacher:
+        save_file(build_classifier("resnet20", num_classes=10).state_dict(), weights)
+    else:
+        save_file(build_classifier("resnet56", num_classes=100).state_dict(), weights)
+        sweep.bindings = tuple(line for line in sweep.bindings if not line.startswith("CIFAR100"))
+        further += [f"TEACHER_WEIGHTS = '{weights}'", "Classification.data = @RandomImages()", "RandomImages.num_classes = 100"]
+    commands = sweep_module.Commands(sweep, further)
     return sweep_module.plan_cells(commands, None), commands
 
 
 def test_the_ablations_that_the_issue_names():
     assert {file.stem for file in FILES} >= {"graph_construction", "encoding", "terms", "topology", "methods"}
     assert all(len(read(file).seeds) >= 3 and read(file).baseline for file in FILES)
+
+
+def test_the_place_of_the_teacher_makes_no_difference(sweep_module, tmp_path):
+    file, far = ROOT / "gin/ablation/topology.gin", tmp_path / ("a long name " * 12) / "teacher.safetensors"
+    far.parent.mkdir()
+    keys = [[cell.key for cell in points_of(sweep_module, file, path)[0].cells()] for path in (tmp_path / "teacher.safetensors", far)]
+    assert keys[0] == keys[1]
+    assert len(set(keys[0])) == len(keys[0])
 
 
 def test_every_method_is_in_methods_gin():
@@ -99,7 +113,7 @@ def test_every_cell_is_built(file, sweep_module, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_cell_takes_a_step(file, sweep_module, tmp_path):
-    further = ["Trainer.device = 'cpu'", "Trainer.max_steps = 1", "Digits.subset = None", "BATCH_SIZE = 16"]
+    further = ["Trainer.device = 'cpu'", "Trainer.max_steps = 1", "BATCH_SIZE = 16"]
     plan, commands = points_of(sweep_module, file, tmp_path / "teacher.safetensors", further)
     for point in plan.points:
         config = configure(commands.files(point), commands.bindings(point, 0, tmp_path / "teacher.safetensors"))

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -27,8 +28,6 @@ from gkd.viz.comparison import write_comparison
 from gkd.viz.report import read_metrics
 from gkd.viz.style import can_draw, figure_to_svg
 from gkd.viz.table import Run, compare
-
-TEACHER = "THE TEACHER"  # stands for the path of its weights, which may differ from machine to machine
 
 
 class Commands:
@@ -62,7 +61,11 @@ class Commands:
 
 
 def plan_cells(commands: Commands, study: Study) -> Plan:
-    """Builds everything that every cell is made of, once, before anything is trained."""
+    """Builds everything that every cell is made of, once, before anything is trained.
+
+    A cell is known by its operative configuration, in which the path of a teacher that the sweep makes does not count: it may differ from
+    machine to machine.
+    """
     sweep = commands.sweep
     with tempfile.TemporaryDirectory() as folder:
         weights = sweep.teacher_weights
@@ -75,7 +78,9 @@ def plan_cells(commands: Commands, study: Study) -> Plan:
             at = weights if weights.is_file() else sweep.teacher_weights  # points that a sampler chooses come when the teacher is there
             config = configure(commands.files(point), commands.bindings(point, 0, at))
             config.build(sweep.root)
-            return config.text.replace(repr(str(at)), repr(TEACHER))
+            # The value and the lines that it goes on in: a path may be long.
+            place = rf"(?m)^{re.escape(sweep.teacher_macro)} =.*(?:\n .*)*"
+            return re.sub(place, f"{sweep.teacher_macro} = THE TEACHER", config.text) if sweep.teacher else config.text
 
         return Plan(sweep, study, describe)
 

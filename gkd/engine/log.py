@@ -167,14 +167,12 @@ def format_record(record: Record, total_steps: int, total_epochs: int) -> str:
 
 
 def _numbers(record: Record) -> str:
-    shown = []
+    """The numbers of a record; the parts of a term, which the files have one by one, are added up."""
+    shown: dict[str, float] = {}
     for name, value in record.items():
         if name in ("kind", "split", "epoch", "step") or not isinstance(value, float | int):
             continue
-        if name in ("top1", "top5", "agreement"):
-            shown.append(f"{name} {value:.2f}")
-        elif name == "images_per_second":
-            shown.append(f"{value:.0f} images/s")
-        else:
-            shown.append(f"{name.removeprefix('loss/')} {value:.4g}")
-    return "  ".join(shown)
+        head = name.split("/")[1] if name.startswith("loss/") else name
+        shown[head] = shown.get(head, 0.0) + value
+    formats = {"top1": "top1 {:.2f}", "top5": "top5 {:.2f}", "agreement": "agreement {:.2f}", "images_per_second": "{:.0f} images/s"}
+    return "  ".join(formats.get(name, name + " {:.4g}").format(value) for name, value in shown.items())

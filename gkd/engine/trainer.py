@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gkd.engine.loop import Loop
 from gkd.engine.optim import SGD, Flat, Schedule
@@ -107,7 +109,11 @@ class Trainer:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         world = int(os.environ.get("WORLD_SIZE", "1"))
         # Buffers stay each process's own (a memory of samples must not be overwritten); the evaluator takes care of running statistics.
-        strategy = "auto" if world == 1 else DDPStrategy(find_unused_parameters=self.find_unused_parameters, broadcast_buffers=False)
+        buffers = next(
+            name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DistributedDataParallel).parameters
+        )
+        options: dict[str, Any] = {"find_unused_parameters": self.find_unused_parameters, buffers: False}
+        strategy = "auto" if world == 1 else DDPStrategy(**options)
         fabric = Fabric(
             accelerator=self._accelerator,
             devices=local if self._index is None else [self._index],

@@ -73,7 +73,7 @@ class Window:
         Args:
             reduce: Applied to the vector of means before it is read: the mean over processes.
         """
-        names = list(dict.fromkeys(name for group in self._sums for name in group))
+        names = list(dict.fromkeys(name for group in sorted(self._sums, key=len, reverse=True) for name in group))
         if not names:
             return {}
         totals = {name: torch.zeros((), device=self.device) for name in names}

@@ -109,13 +109,14 @@ def test_terminal_shows_plain_lines_where_it_is_none(capsys):
             "step": 4,
             "lr": 0.1,
             "loss": 2.0,
+            "loss/graph/layer2/edge": 0.25,
             "loss/graph/layer3/edge": 0.5,
             "top1": 12.345,
             "images_per_second": 99.6,
         }
     )
     log.close()
-    assert capsys.readouterr().out == "epoch 1/2  step 4/8  lr 0.1  loss 2  graph/layer3/edge 0.5  top1 12.35  100 images/s\n"
+    assert capsys.readouterr().out == "epoch 1/2  step 4/8  lr 0.1  loss 2  graph 0.75  top1 12.35  100 images/s\n"
 
 
 def test_terminal_shows_a_bar_where_it_is_one(capsys, monkeypatch):

@@ -38,7 +38,7 @@ SCENES = ["Detection.data = @DigitScenes()", "DigitScenes.size = 64", "DigitScen
 
 
 def options(architecture: str) -> dict:
-    return {"fpn_channels": 16, "norm": "batch", "trainable_layers": 5, **OPTIONS[architecture]}
+    return {"fpn_channels": 32, "norm": "batch", "trainable_layers": 5, **OPTIONS[architecture]}
 
 
 @pytest.fixture

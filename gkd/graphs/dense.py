@@ -273,6 +273,9 @@ def check_adjacency(A: Tensor, mask: Tensor | None) -> Tensor:
 
 def _sizes_on_cpu(graph: Data) -> list[int] | None:
     """Numbers of nodes from the slices that a batch keeps on the CPU; None where these are missing or out of date."""
+    if torch.compiler.is_compiling():  # what a builder makes there has graphs of one size
+        num_graphs, num_nodes = graph._num_graphs, graph["batch"].numel()
+        return [num_nodes // num_graphs] * num_graphs if num_graphs else []
     slices = getattr(graph, "_slice_dict", None) or {}
     sizes = next((slices[name].diff().tolist() for name in ("x", "pos", "pe", "factor") if name in slices), None)
     if sizes is None:

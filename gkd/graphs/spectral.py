@@ -16,7 +16,7 @@ from gkd.graphs.subspace import subspace_eigenmaps
 __all__ = ["Spectrum", "eigengap", "eigenmaps", "heat_kernel", "heat_kernel_signature", "heat_trace"]
 
 Method = Literal["auto", "exact", "lowrank", "subspace"]
-_LARGE = 512  # nodes from which a sparse graph is cheaper by subspace iteration
+_LARGE = 256  # nodes from which a sparse graph is cheaper by subspace iteration
 
 
 def eigenmaps(
@@ -48,7 +48,7 @@ def eigenmaps(
         mask: True where a node exists, for Laplacians. Whatever else they hold has no influence.
         method: 'exact' decomposes completely. 'lowrank' is for a graph with a node attribute ``factor`` [num_nodes, R] such that
             :math:`A = F F^\top`, in :math:`O(N R^2)`; it has no vectors for the eigenvalue 1 beyond the rank. 'subspace' iterates, for
-            large sparse graphs. 'auto' takes 'lowrank' where R < N and the pairs fit, 'subspace' for sparse graphs of 512 nodes or
+            large sparse graphs. 'auto' takes 'lowrank' where R < N and the pairs fit, 'subspace' for sparse graphs of 256 nodes or
             more, and else 'exact'.
         normalization: Which Laplacian of a graph: 'sym', None (:math:`D - A`), or 'rw', whose eigenvectors are :math:`D^{-1/2} u` with
             those of 'sym' (so :math:`V^\top D V = I`; scikit-learn's spectral embedding).

@@ -184,3 +184,13 @@ def test_gradient_of_the_encoding_reaches_the_features(edges, encoding):
     pe = ENCODINGS[encoding]()(build("channel", edges, (features,)))
     (gradient,) = torch.autograd.grad((pe * torch.linspace(0.5, 1.5, pe.numel()).view_as(pe)).sum(), features)
     assert gradient.abs().sum() > 0
+
+
+def test_builder_with_an_encoding_compiles():
+    for nodes in ("channel", "patch", "instance"):
+        features = features_for(nodes, dtype=torch.float32)
+        for encoding in ("walk", "heat"):
+            builder = GraphBuilder(NODES[nodes][0], EDGES["knn"], ENCODINGS[encoding]())
+            torch.compiler.reset()
+            compiled = torch.compile(lambda x, build=builder: build(x).pe, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(features), builder(features).pe)

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from gkd.graphs import AttentionEdges, CompleteEdges, GridEdges, KNNEdges, Nodes, PatchNodes, RadiusEdges, RandomEdges
 from gkd.graphs import edges as edges_module
 from gkd.graphs.similarity import CosineSimilarity, EuclideanSimilarity, squared_distances, unit_rows
-from gkd.graphs.topology import without_diagonal
+from gkd.graphs.topology import neighbors, without_diagonal
 
 # All that look at features alone; RadiusEdges with a radius that some pairs of random rows keep and some do not.
 FREE = {
@@ -591,3 +591,12 @@ class TestSimilarity:
         expected = torch.tensor([-1 / 8, -9 / 8, -1 / 2, -math.inf]).exp()
         torch.testing.assert_close(similarity.weights(score, exists, graph, 2), expected)
         torch.testing.assert_close(similarity.weights(score, exists, None, 2), expected)
+
+
+def test_neighbors_of_long_rows_are_the_nearest():
+    scores = torch.rand(2, 40, 256, generator=torch.Generator().manual_seed(0))
+    found, exists = neighbors(scores, 8, None)
+    assert exists is None
+    assert torch.equal(found, scores.topk(8).indices)
+    ties = scores.mul(8).round()  # which of the equal ones is open
+    torch.testing.assert_close(ties.gather(2, neighbors(ties, 8, None)[0]), ties.topk(8).values)

@@ -101,11 +101,11 @@ def test_axes_are_bindings_files_and_nothing():
         references={"plain": "plain.gin"},
     )
     points = {point.label: point for point in sweep.grid()}
-    assert list(points) == ["plain", "KD, k 2, a", "KD, k 4, a", "DKD, k 2, a", "DKD, k 4, a", "alone, k 2, a", "alone, k 4, a"]
+    assert list(points) == ["plain", "KD, k 2", "KD, k 4", "DKD, k 2", "DKD, k 4", "alone, k 2", "alone, k 4"]
     assert points["plain"].files == ("plain.gin",)
-    assert points["DKD, k 4, a"].files == ("dkd.gin",)
-    assert points["DKD, k 4, a"].bindings == ("RAMP = 1", "KNNEdges.k = 4", "Net.name = 'a'")
-    assert points["alone, k 2, a"].files == ()
+    assert points["DKD, k 4"].files == ("dkd.gin",)
+    assert points["DKD, k 4"].bindings == ("RAMP = 1", "KNNEdges.k = 4", "Net.name = 'a'")
+    assert points["alone, k 2"].files == ()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.dense import to_padded
+from gkd.graphs.laplacian import connected
 from gkd.graphs.message import RelationalConv
 from gkd.graphs.similarity import unit_rows
 from gkd.graphs.spectral import Spectrum
@@ -218,8 +219,7 @@ def _dense_messages(spectrum: Spectrum, x: Tensor, conv: RelationalConv) -> Tens
     factor = cheap_factor(spectrum)
     # What arrives at node j is column j of the adjacency, which is F F^T where there is a factor F.
     total = spectrum.adjacency.sum(dim=1) if factor is None else (factor * factor.sum(dim=1, keepdim=True)).sum(dim=-1)
-    hears = total > 0
-    scale = torch.where(hears, total.where(hears, 1.0).reciprocal(), 0.0).unsqueeze(-1)
+    scale = total.where(connected(total), 1.0).reciprocal().unsqueeze(-1)  # a node that hears nothing divides 0 by 1
     for _ in range(conv.hops):
         x = spectrum.adjacency.mT @ x if factor is None else factor @ (factor.mT @ x)
         x = x * scale if conv.normalize else x

@@ -223,3 +223,17 @@ def test_unknown_distance():
             make(distance="l1")
     with pytest.raises(ValueError, match="Expected 'distance'"):
         vertex_loss(nodes(), nodes(), distance="l1")
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_weights_that_all_but_vanish_are_heard_as_nothing(hops):
+    """1 / 1e-42 is infinite in float32, and an infinity times a message that underflowed is NaN."""
+    graph = Batch.from_data_list([path_graph(4)])
+    graph.x = torch.rand(4, 3, requires_grad=True)
+    graph.edge_weight = torch.full((graph.num_edges,), 1e-42)
+    teacher = Batch.from_data_list([path_graph(4)])
+    teacher.x = torch.rand(4, 3)
+    loss = MessageLoss(RelationalConv("feature", hops=hops))(graph, teacher)
+    loss.backward()
+    assert loss.isfinite()
+    assert graph.x.grad.isfinite().all()

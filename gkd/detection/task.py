@@ -12,13 +12,14 @@ from gkd.detection.interface import Backend, Detector, DetectorNetwork, Job, cho
 from gkd.detection.regions import Regions
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Summary, Trainer
-from gkd.engine.checkpoint import load_checkpoint, seed_everything
-from gkd.engine.run import count_parameters, describe_machine, package_versions, peak_memory, save_student
+from gkd.engine.checkpoint import seed_everything
+from gkd.engine.run import package_versions, save_student
+from gkd.engine.task import Task
 from gkd.errors import UserError
 from gkd.models import Teacher
 
 
-class Detection:
+class Detection(Task):
     """Trains, evaluates and exports a detector, with or without a teacher; the sibling of `gkd.engine.Classification`.
 
     What follows from the parts is wired here: classes come from the data; images reach both networks as bytes, and each normalises and pads
@@ -95,11 +96,6 @@ class Detection:
         return self.detector.model
 
     @property
-    def choice_split(self) -> str:
-        """Split that is looked at while training: the held-out images where there are any, else the test images."""
-        return "val" if self.data.num_samples("val") > 0 else "test"
-
-    @property
     def score(self) -> str:
         """Number whose highest value makes the best checkpoint."""
         return "AP50" if self.data.metric == "voc" else "AP"
@@ -122,12 +118,7 @@ class Detection:
         Returns:
             The results, or None where `max_steps` ended the training before its end.
         """
-        fabric = self.trainer.fabric
-        if fabric.is_global_zero:
-            changed = folder.changed_bindings(config) if resume else []
-            if changed:
-                fabric.print("Resuming with other bindings than the run had: " + "; ".join(changed))
-            folder.write_config(config)
+        self._begin(folder, config, resume)
         job = Job(
             trainer=self.trainer,
             distiller=self.distiller,
@@ -141,12 +132,7 @@ class Detection:
             resume=resume,
         )
         summary = self.backend.fit(job)
-        if not summary.finished:
-            fabric.print(
-                f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
-            )
-            return None
-        return self._finish(folder, summary)
+        return self._finish(folder, summary) if self._ended(summary) else None
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
@@ -160,7 +146,7 @@ class Detection:
             UserError: If there is neither a checkpoint nor a file of weights: nothing to evaluate but random numbers.
         """
         if folder.last.is_file():
-            self._load_checkpoint(folder)
+            self._load_checkpoint(folder.last)
             return True
         if self.description.setting("weights", self.backend.name) is None:
             raise UserError(
@@ -169,48 +155,15 @@ class Detection:
             )
         return False
 
-    def _load_checkpoint(self, folder: RunFolder, best: bool = False) -> None:
-        path = folder.best if best else folder.last
-        try:
-            self.distiller.load_state_dict(load_checkpoint(path)["model"])
-        except RuntimeError as error:
-            raise UserError(
-                f"Expected the networks of the configuration in {path} (got others: {error}). Check --gin and --output."
-            ) from error
-
     def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
         """Writes the student, in safetensors and in the library's own format, and the results."""
-        final, best = summary.last, summary.best
-        memory = peak_memory(self.trainer.device)
-        if self.choice_split != "test":
-            final = {**(summary.last or {}), **self.evaluate("test")}
-            if best is not None:
-                latest = {name: tensor.clone() for name, tensor in self.distiller.state_dict().items()}
-                self._load_checkpoint(folder, best=True)
-                best = {**best, **self.evaluate("test")}
-                self.distiller.load_state_dict(latest)
-        machine = describe_machine(self.trainer.device)
-        machine["versions"].update(package_versions(("pycocotools", "detectron2")))
+        figures = self._figures(folder, summary, self.student, None if self.teacher is None else self.teacher.model)
+        figures["versions"].update(package_versions(("pycocotools", "detectron2")))
         results = {
             "student": f"{self.description.architecture} {self.description.config or self.description.backbone}",
             "backend": self.backend.name,
-            "seed": self.seed,
-            "final": final,
-            "best": best,
-            "chosen_on": self.choice_split,
-            "steps": summary.step,
-            "epochs": summary.step / self.steps_per_epoch,
-            "seconds": summary.seconds,
-            "images_per_second": summary.images_per_second,
-            "peak_memory": memory,
-            "processes": self._sharing["world_size"],
             "unreadable_images": len(self.data.unreadable),
-            "parameters": {
-                "student": count_parameters(self.student),
-                "teacher": 0 if self.teacher is None else count_parameters(self.teacher.model),
-                "distillation": count_parameters(self.distiller) - count_parameters(self.student),
-            },
-            **machine,
+            **figures,
         }
         if self.trainer.fabric.is_global_zero:
             described = {

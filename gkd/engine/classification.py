@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from gkd.data import Digits
 from gkd.distill import Distiller
-from gkd.engine.checkpoint import load_checkpoint, seed_everything
+from gkd.engine.checkpoint import seed_everything
 from gkd.engine.evaluate import ClassifierEvaluator
 from gkd.engine.export import export_onnx, export_program
 from gkd.engine.position import Summary
-from gkd.engine.run import RunFolder, count_parameters, describe_machine, peak_memory, read_description, save_student
+from gkd.engine.run import RunFolder, read_description, save_student
+from gkd.engine.task import Task
 from gkd.engine.trainer import Trainer
 from gkd.errors import UserError
 from gkd.models import Teacher, build_classifier
@@ -70,7 +71,7 @@ class Network:
         )
 
 
-class Classification:
+class Classification(Task):
     """Trains, evaluates and exports a classifier, with or without a teacher.
 
     What follows from the parts is wired here and said nowhere else: classes and image size come from the data, the teacher learns the
@@ -136,11 +137,6 @@ class Classification:
             seed_everything(seed + fabric.global_rank)
         self._evaluators: dict[str, ClassifierEvaluator] = {}
 
-    @property
-    def choice_split(self) -> str:
-        """Split that is looked at while training: the held-out images where there are any, else the test images."""
-        return "val" if self.data.num_samples("val") > 0 else "test"
-
     def train(self, folder: RunFolder, config: str = "", resume: bool = False) -> dict[str, Any] | None:
         """Trains and fills the run folder.
 
@@ -152,13 +148,8 @@ class Classification:
         Returns:
             The results, or None where `max_steps` ended the training before its end.
         """
-        fabric = self.trainer.fabric
-        if fabric.is_global_zero:
-            changed = folder.changed_bindings(config) if resume else []
-            if changed:
-                fabric.print("Resuming with other bindings than the run had: " + "; ".join(changed))
-            folder.write_config(config)
-        batch_size = self.batch_size // fabric.world_size
+        self._begin(folder, config, resume)
+        batch_size = self.batch_size // self._sharing["world_size"]
         summary = self.trainer.fit(
             self.distiller,
             partial(self.data.batches, "train", batch_size, seed=self.seed, **self._sharing),
@@ -170,12 +161,7 @@ class Classification:
             folder=folder,
             resume=resume,
         )
-        if not summary.finished:
-            fabric.print(
-                f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
-            )
-            return None
-        return self._finish(folder, summary)
+        return self._finish(folder, summary) if self._ended(summary) else None
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
@@ -234,43 +220,11 @@ class Classification:
             return {}
         return {"top1": 100.0 * (logits.argmax(dim=1) == batch[1]).float().mean()}
 
-    def _load_checkpoint(self, path: Path) -> None:
-        try:
-            self.distiller.load_state_dict(load_checkpoint(path)["model"])
-        except RuntimeError as error:
-            raise UserError(
-                f"Expected the networks of the configuration in {path} (got others: {error}). Check --gin and --output."
-            ) from error
-
     def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
         """Writes the student and the results; the test images are looked at once where others were held out for choices."""
-        final, best = summary.last, summary.best
-        memory = peak_memory(self.trainer.device)
-        if self.choice_split != "test":
-            final = {**(summary.last or {}), **self.evaluate("test")}
-            if best is not None:
-                latest = {name: tensor.clone() for name, tensor in self.distiller.state_dict().items()}
-                self._load_checkpoint(folder.best)
-                best = {**best, **self.evaluate("test")}
-                self.distiller.load_state_dict(latest)
         results = {
             "student": self.description.name,
-            "seed": self.seed,
-            "final": final,
-            "best": best,
-            "chosen_on": self.choice_split,
-            "steps": summary.step,
-            "epochs": summary.step / self.steps_per_epoch,
-            "seconds": summary.seconds,
-            "images_per_second": summary.images_per_second,
-            "peak_memory": memory,
-            "processes": self._sharing["world_size"],
-            "parameters": {
-                "student": count_parameters(self.student),
-                "teacher": 0 if self.teacher is None else count_parameters(self.teacher),
-                "distillation": count_parameters(self.distiller) - count_parameters(self.student),
-            },
-            **describe_machine(self.trainer.device),
+            **self._figures(folder, summary, self.student, self.teacher),
         }
         if self.trainer.fabric.is_global_zero:
             save_student(

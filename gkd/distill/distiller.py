@@ -33,6 +33,8 @@ class Distiller(nn.Module):
 
     ==================== =====================================================================================================
     ``matched_channels`` its student maps come from a :class:`~gkd.models.ChannelAdapter`, one for a stage, shared by the terms
+    ``map_size``         height and width that it averages a map to in any case; where all terms of an adapter agree on it, the adapter
+                         does so first, which spares its time and memory at the full size
     ``parts``            names of the values in the dictionary that it returns; it is called with ``parts=`` those that weigh something
     ``needs_index``      it is called with ``index=`` the positions of the images in the data set
     ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :class:`~gkd.distill.Networks`
@@ -248,7 +250,8 @@ class Distiller(nn.Module):
             own = {stage: of_student[path] for stage, (path, _) in self._paths.items()}
             other = {stage: of_teacher[path] for stage, (_, path) in self._paths.items()}
         for stage in adapted:
-            self.adapters[module_key(stage)] = _adapter(stage, own[stage], other[stage])
+            sizes = {call.map_size for call in self._calls if call.adapted and stage in call.stages}
+            self.adapters[module_key(stage)] = _adapter(stage, own[stage], other[stage], sizes.pop() if len(sizes) == 1 else None)
         matched = {stage: other[stage] if stage in adapted else shape for stage, shape in own.items()}
         for call in self._calls:
             if call.key in self.terms:
@@ -276,12 +279,12 @@ class Distiller(nn.Module):
         return self
 
 
-def _adapter(stage: str, student: torch.Size, teacher: torch.Size) -> ChannelAdapter:
+def _adapter(stage: str, student: torch.Size, teacher: torch.Size, size: tuple[int, int] | None) -> ChannelAdapter:
     if len(student) != len(teacher):
         raise UserError(f"Expected two maps or two vectors to match at the stage '{stage}' (got {list(student)} and {list(teacher)})")
-    if student[2:] == teacher[2:]:
-        return ChannelAdapter(student[1], teacher[1])
-    return ChannelAdapter(student[1], teacher[1], size=(teacher[2], teacher[3]))
+    own, other = tuple(student[2:]), tuple(teacher[2:])
+    wanted = size if size is not None and own and all(length <= whole for length, whole in zip(size, other, strict=True)) else other
+    return ChannelAdapter(student[1], teacher[1], size=None if wanted == own else wanted)
 
 
 def _expect_index(index: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ class Call:
     losses: Mapping[str | None, str]
     """Full name of every value that comes back, by its part; the part is None where the term returns a single value."""
     adapted: bool
+    map_size: tuple[int, int] | None
     indexed: bool
     located: bool
     builds: bool
@@ -75,7 +76,8 @@ def plan_calls(terms: Mapping[str, nn.Module], known: Sequence[str], stages: Map
         for group in groups:
             losses = {part: str(loss_name(term, level, group, part)) for part in parts}
             adapted, indexed, located = (bool(getattr(loss, name, False)) for name in ("matched_channels", "needs_index", "needs_boxes"))
-            calls.append(Call(term, group, level, losses, adapted and level != "logits", indexed, located, hasattr(loss, "build")))
+            size = getattr(loss, "map_size", None)
+            calls.append(Call(term, group, level, losses, adapted and level != "logits", size, indexed, located, hasattr(loss, "build")))
     return calls
 
 

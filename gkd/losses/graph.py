@@ -94,6 +94,11 @@ class GraphLoss(nn.Module):
         return any(getattr(term, needed, True) for term in self.terms.values())
 
     @property
+    def map_size(self) -> tuple[int, int] | None:
+        """Height and width that the nodes average the student's map to; None where they look at it as it is."""
+        return getattr(self.builder.nodes, "grid", None)
+
+    @property
     def needs_boxes(self) -> bool:
         """Whether the nodes are regions of the images."""
         return isinstance(self.builder.nodes, RegionNodes)

@@ -191,6 +191,26 @@ def test_adapter_matches_sizes(batch):
     assert torch.isfinite(distiller(*batch)["fitnet/low"])
 
 
+@pytest.mark.parametrize(("further", "seen"), [((), (2, 2)), ((2,), (2, 2)), ((3,), (4, 4)), ((None,), (4, 4))])
+def test_adapter_averages_first_where_all_its_terms_agree(batch, further, seen):
+    terms = {f"graph{number}": Hint() for number in range(1 + len(further))}
+    for term, size in zip(terms.values(), (2, *further), strict=True):
+        term.map_size = size if size is None else (size, size)
+        term.forward = lambda student, teacher, term=term: term.calls.append((student, teacher)) or student.mean()
+    distiller = build(terms=terms, stages={name: ["high.1"] for name in terms})
+    distiller(*batch)
+    student, teacher = terms["graph0"].calls[0]
+    assert student.shape == (4, 12, *seen)
+    assert teacher.shape == (4, 12, 4, 4)
+
+
+def test_adapter_never_enlarges_for_a_term(batch):
+    term = Hint()
+    term.map_size = (6, 6)
+    build(terms={"graph": term}, stages={"graph": ["high.1"]})(*batch)
+    assert term.calls[0][0].shape == (4, 12, 4, 4)
+
+
 def test_built_terms_get_shapes_and_a_copy_for_every_stage(batch):
     term = Built()
     distiller = build(terms={"own": term})

@@ -4,6 +4,7 @@ from gkd.losses.attention import channel_attention, feature_attention, node_atte
 from gkd.losses.contrastive import CRDLoss, HKDLoss, crd_loss, info_nce_loss, sample_negatives
 from gkd.losses.detection import CWDLoss, MGDLoss, PKDLoss, cwd_loss, pkd_loss
 from gkd.losses.edges import EdgeLoss, adjacency_loss, edge_loss
+from gkd.losses.encodings import EncodingLoss, encoding_loss
 from gkd.losses.features import (
     ATLoss,
     FitNetLoss,
@@ -59,6 +60,7 @@ __all__ = [
     "DKDLoss",
     "DsigLoss",
     "EdgeLoss",
+    "EncodingLoss",
     "FGDLoss",
     "FitNetLoss",
     "GlobalContext",
@@ -90,6 +92,7 @@ __all__ = [
     "dist_loss",
     "dkd_loss",
     "edge_loss",
+    "encoding_loss",
     "feature_attention",
     "fgd_focal_loss",
     "fitnet_loss",

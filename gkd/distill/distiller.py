@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,19 @@ from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
 from gkd.models import ChannelAdapter, Teacher
+
+
+class Features(NamedTuple):
+    """What two networks make of the same images."""
+
+    output: Any
+    """Of the student."""
+    student: dict[str, Tensor]
+    """Its maps by stage, for the stages that some term looks at."""
+    teacher: dict[str, Tensor]
+    """The teacher's."""
+    adapted: dict[str, Tensor]
+    """The student's as the terms with ``matched_channels`` see them."""
 
 
 class Distiller(nn.Module):
@@ -138,6 +151,24 @@ class Distiller(nn.Module):
             return self._measured_losses(images, targets, index)
         return self._losses(images, targets, index)
 
+    def features(self, images: Any, targets: Any = None) -> Features:
+        """Runs both networks and returns what the terms would compare, without any loss: for looking at it.
+
+        Args:
+            images: As in `forward`.
+            targets: As in `forward`.
+        """
+        tapped = bool(self._paths)
+        output, student = self._run_student(self.networks.student_inputs(images, targets), tapped)
+        teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)[1] if tapped else {}
+        return Features(output, student, teacher, self._adapted(self._calls, student))
+
+    def stage_terms(self) -> Iterator[tuple[str, str, nn.Module, bool]]:
+        """Every term that works stage by stage: its name, the stage, the module, and whether it takes the student's adapted map."""
+        for call in self._calls:
+            if call.level == "stage":
+                yield call.term, call.stages[0], self.terms[call.key], call.adapted
+
     @torch.compiler.disable
     def _measured_losses(self, images: Any, targets: Any, index: Tensor | None) -> dict[str, Tensor]:
         # Inside compiled code there is no gradient to look at. The import behind set_stance takes seconds: only where something may be
@@ -151,16 +182,17 @@ class Distiller(nn.Module):
         output, student = self._run_student(self.networks.student_inputs(images, targets), tapped)
         losses: dict[str, Tensor] = {}
         anchors: dict[str, list[Tensor]] = {}
-        self.teacher_logits = None
+        self.student_logits, self.teacher_logits = output.detach() if isinstance(output, Tensor) else None, None
         if calls:
             teacher_output, teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)
+            self.teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else None
             options: dict[str, Any] = {}
             if any(call.indexed for call in calls):
                 options["index"] = _expect_index(index)
             logits: tuple[Any, Any, Any] = (None, None, None)
             if any(call.level == "logits" for call in calls):
                 logits = self.networks.logits(output, teacher_output, targets)
-            adapted = {stage: self.adapters[module_key(stage)](student[stage]) for stage in student if self._adapts(calls, stage)}
+            adapted = self._adapted(calls, student)
             for call in calls:
                 if call.located:
                     options["boxes"], options["image_size"] = self.networks.regions(images, targets, output, self.terms[call.key])
@@ -179,7 +211,6 @@ class Distiller(nn.Module):
             features = {stage: found[path] for stage, (path, _) in self._paths.items()}
         else:
             output = self._student_taps.model(*inputs)
-        self.student_logits = output.detach() if isinstance(output, Tensor) else None
         return output, features
 
     def _run_teacher(self, inputs: tuple[Any, ...], tapped: bool) -> tuple[Any, dict[str, Tensor]]:
@@ -193,9 +224,7 @@ class Distiller(nn.Module):
                 features = {stage: found[path].detach() for stage, (_, path) in self._paths.items()}
             else:
                 output = self._teacher_taps.model(*inputs)
-        if isinstance(output, Tensor):
-            self.teacher_logits = output = output.detach()
-        return output, features
+        return output.detach() if isinstance(output, Tensor) else output, features
 
     def _task_losses(self, output: Any, targets: Any, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if losses and self.balance is None and "task" not in self._active:
@@ -236,6 +265,9 @@ class Distiller(nn.Module):
             first = next(iter(weighted))
             weighted[first] = weighted[first] + 0 * sum(parameter.sum() for parameter in own if parameter.requires_grad)
         return weighted
+
+    def _adapted(self, calls: Sequence[Call], student: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {stage: self.adapters[module_key(stage)](student[stage]) for stage in student if self._adapts(calls, stage)}
 
     def _adapts(self, calls: Sequence[Call], stage: str) -> bool:
         return any(call.adapted and stage in call.stages for call in calls)
@@ -282,9 +314,10 @@ class Distiller(nn.Module):
 def _adapter(stage: str, student: torch.Size, teacher: torch.Size, size: tuple[int, int] | None) -> ChannelAdapter:
     if len(student) != len(teacher):
         raise UserError(f"Expected two maps or two vectors to match at the stage '{stage}' (got {list(student)} and {list(teacher)})")
-    own, other = tuple(student[2:]), tuple(teacher[2:])
-    wanted = size if size is not None and own and all(length <= whole for length, whole in zip(size, other, strict=True)) else other
-    return ChannelAdapter(student[1], teacher[1], size=None if wanted == own else wanted)
+    whole = (teacher[2], teacher[3]) if len(teacher) == 4 else None
+    if whole is None or size is None or size[0] > whole[0] or size[1] > whole[1]:
+        size = whole
+    return ChannelAdapter(student[1], teacher[1], size=None if size == tuple(student[2:]) else size)
 
 
 def _expect_index(index: Tensor | None) -> Tensor:

@@ -77,23 +77,15 @@ def collect_views(
     """
     images, targets = batch[0], batch[1] if len(batch) > 1 else None
     with _evaluating(distiller):
-        calls = [call for call in distiller._calls if call.stages]
-        networks = getattr(distiller, "networks", distiller)  # who knows how the two are called
-        output, student = distiller._student_taps(*networks.student_inputs(images, targets))
-        teacher = distiller._teacher_taps(*networks.teacher_inputs(images, targets))[1] if calls else {}
-        paths = distiller._paths if calls else {}
-        student = {stage: student[path] for stage, (path, _) in paths.items()}
-        teacher = {stage: teacher[path] for stage, (_, path) in paths.items()}
+        output, student, teacher, adapted = distiller.features(images, targets)
         pairs = []
-        for call in calls:
-            term = distiller.terms[call.key]
-            if not callable(getattr(term, "graphs", None)) or call.level != "stage" or getattr(call, "located", False):
+        for name, stage, term, is_adapted in distiller.stage_terms():
+            if not callable(getattr(term, "graphs", None)) or getattr(term, "needs_boxes", False):
                 continue  # no graphs, or graphs of regions, which are the detection's to draw
-            (stage,) = call.stages
-            own = distiller.adapters[stage.replace(".", "/")](student[stage]) if call.adapted else student[stage]
+            own = adapted[stage] if is_adapted else student[stage]
             student_graph, teacher_graph = (graph.detach().to("cpu") for graph in term.graphs(own.float(), teacher[stage].float()))
             nodes, edges = (type(module).__name__ for module in (term.builder.nodes, term.builder.edges))
-            pairs.append(GraphPair(f"{call.term}/{stage}", student_graph, teacher_graph, nodes, edges, str(term.topology)))
+            pairs.append(GraphPair(f"{name}/{stage}", student_graph, teacher_graph, nodes, edges, str(term.topology)))
     maps = [(f"{who} · {stage}", found[stage]) for stage in student for who, found in (("student", student), ("teacher", teacher))]
     attention = {name: value.float().abs().mean(dim=1).cpu() for name, value in maps if value.dim() == 4}
     labels = targets.cpu() if isinstance(targets, Tensor) and targets.dim() == 1 else None

@@ -185,6 +185,30 @@ def test_adapters_are_shared_and_built_only_where_needed(batch):
     assert first.calls[0][0].shape == (4, 12, 4, 4)  # the teacher's 12 channels
 
 
+def test_features_are_what_the_terms_see(batch):
+    hint, parts = Hint(), Parts()
+    distiller = build(terms={"kd": Soft(), "hint": hint, "parts": parts}, stages={"hint": ["high.1"]})
+    found = distiller.features(*batch)
+    assert [(name, stage, adapted) for name, stage, _, adapted in distiller.stage_terms()] == [
+        ("hint", "high.1", True),
+        ("parts", "low", False),
+        ("parts", "high.1", False),
+    ]
+    distiller(*batch)
+    own, other = hint.calls[0]
+    assert torch.equal(found.adapted["high.1"], own)
+    assert torch.equal(found.teacher["high.1"], other)
+    assert list(found.student) == ["low", "high.1"]
+    assert torch.equal(found.output, distiller.student(batch[0]))
+
+
+def test_features_without_a_teacher_are_the_output(batch):
+    found = build(teacher=None, taps={}).features(batch[0])
+    assert found.output.shape == (4, 5)
+    assert not found.student
+    assert not found.teacher
+
+
 def test_adapter_matches_sizes(batch):
     teacher = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(6 * 16, 5))
     distiller = build(teacher=teacher, taps={"low": ("0", "0")}, terms={"fitnet": Hint()})

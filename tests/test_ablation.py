@@ -108,6 +108,8 @@ def test_every_cell_is_built(file, sweep_module, tmp_path):
         strategies = [point for point in plan.points if point.values]
         assert len(strategies) == 15  # 3 kinds of nodes x (2 kinds of edges x 2 k + the complete graph)
         assert sum("k" not in point.values for point in strategies) == 3
+    if file.stem == "encoding":
+        assert sum(bool(point.values) for point in plan.points) == 18  # 6 encodings x 3 spectra: none makes no difference
 
 
 @pytest.mark.slow

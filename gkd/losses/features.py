@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import check_maps, check_same_shape, gram, in_full_precision, match_size
+from gkd.losses.inputs import check_maps, check_same_shape, gram, in_full_precision, match_size, sum_of_squares
+from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = [
     "ATLoss",
@@ -45,7 +46,6 @@ def fitnet_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student, teacher.detach())
 
 
-@in_full_precision
 def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tensor:
     r"""Compares where the two networks respond: attention maps of unit length.
 
@@ -67,12 +67,13 @@ def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tensor:
     """
     check_maps(student, teacher)
     student, teacher = match_size(student, teacher.detach())
-    return F.mse_loss(_attention(student, power), _attention(teacher, power))
+    with full_precision(student):
+        return F.mse_loss(_attention(student, power), _attention(teacher, power))
 
 
 def _attention(features: Tensor, power: float) -> Tensor:
-    powers = features.square() if power == 2 else features.abs().pow(power)
-    return unit_rows(powers.mean(1).flatten(1))
+    powers = sum_of_squares(features) if power == 2 else at_least_float32(features).abs().pow(power).sum(1)
+    return unit_rows(powers.flatten(1) / features.shape[1])
 
 
 @in_full_precision

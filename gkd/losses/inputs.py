@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,13 +42,63 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+class _Gram(torch.autograd.Function):
+    """One product backward, where autograd, which does not see that both factors are the same, takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x @ x.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (grad + grad.mT) @ x
+
+
 def gram(x: Tensor) -> Tensor:
     """Inner products of all pairs of rows.
 
     Shapes:
         - **x** [..., n, d]; **output** [..., n, n]
     """
-    return x @ x.mT
+    return _Gram.apply(x)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """No map of squares is written where memory holds the channels of a pixel side by side, and none of the gradient's factors ever."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+        return at_least_float32(x).square().sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (2 * grad).unsqueeze(1).to(x.dtype)
+
+
+def sum_of_squares(features: Tensor) -> Tensor:
+    """Sum over the channels, in float32 at least, of a map that may be in half precision.
+
+    Shapes:
+        - **features** [B, C, h, w]; **output** [B, h, w]
+    """
+    return _SumOfSquares.apply(features)
+
+
+def vectors(features: Tensor) -> Tensor:
+    """Every image as one vector, in the order in which memory holds it: no inner product of two images depends on it.
+
+    Shapes:
+        - **features** [B, ...]; **output** [B, D]
+    """
+    if features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last):
+        features = features.permute(0, 2, 3, 1)
+    return features.flatten(1)
 
 
 def pool(features: Tensor) -> Tensor:

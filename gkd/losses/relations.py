@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import check_batch, check_maps, gram, in_full_precision, pool
+from gkd.losses.inputs import check_batch, check_maps, gram, in_full_precision, pool, vectors
 from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = [
@@ -60,7 +60,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019.
     """
     check_batch(student, teacher, at_least=2)
-    return F.mse_loss(unit_rows(gram(student.flatten(1))), unit_rows(gram(teacher.detach().flatten(1))))
+    return F.mse_loss(unit_rows(gram(vectors(student))), unit_rows(gram(vectors(teacher.detach()))))
 
 
 @in_full_precision
@@ -199,7 +199,7 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     batch, channels = own.shape[:2]
     if max(own.shape[2], goal.shape[2]) >= channels:
         return (unit_rows(gram(own)) - unit_rows(gram(goal))).square().sum() / (batch * channels)
-    own_square = ((own @ (own.mT @ own)) * own).sum(2)
+    own_square = ((own @ gram(own.mT)) * own).sum(2)
     goal_square = ((goal @ (goal.mT @ goal)) * goal).sum(2)
     product = ((own @ (own.mT @ goal)) * goal).sum(2)
     tiny = torch.finfo(own.dtype).tiny
@@ -253,7 +253,7 @@ def irg_loss(
 def _irg(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Edges [S + 1, B, B] and transformations [S - 1, B]."""
     features = [at_least_float32(x) for x in features]
-    distances = torch.stack([squared_distances(x.flatten(1), eps=1e-12) for x in (*features, pool(features[-1]))])
+    distances = torch.stack([squared_distances(vectors(x), eps=1e-12) for x in (*features, pool(features[-1]))])
     moves = [_moves(x, y) for x, y in itertools.pairwise(features)]
     relative = [move / move.max() for move in moves]
     return distances / distances.amax((1, 2), keepdim=True), torch.stack(relative) if relative else distances.new_zeros(0)

@@ -1,14 +1,14 @@
 """What a training step costs with each method, beside the student alone and beside KD in the same run.
 
-Every row is a file of gin/methods or gin/base on top of one pair; networks start from random weights, images are noise: neither changes the
-cost. A step is what the engine does: forward of student and teacher, losses, backward, optimiser.
+Every row is a file of gin/methods or gin/base, or bindings, on top of one pair. Networks start from random weights, images are noise:
+neither changes the cost. A step is what the engine does: forward of student and teacher, losses, backward, optimiser.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ import torch
 from measure import Run, in_child, machine, peak_memory, time_in_turns, write_json
 from safetensors.torch import save_file
 
-from gkd.config import configure
+from gkd.config import MODULES, configure
 from gkd.engine.run import count_parameters
 from gkd.models import build_classifier
 
 __all__ = ["StepBenchmark"]
 
+Choice = str | Sequence[str]  # gin files and bindings
+PRELOAD = ("gkd.engine", "gkd.losses")
+BOUND = ", bound"
+
 
 def training_step(files: list[str], bindings: list[str]) -> tuple[Run, int]:
     """A function that takes one step, and the number of parameters that distillation adds."""
-    task = configure(files, bindings).build("Classification")
+    task = configure(files, bindings, (*MODULES, "bounds")).build("Classification")
     trainer, distiller = task.trainer, task.distiller
     if trainer.channels_last:
         distiller.to(memory_format=torch.channels_last)
@@ -53,11 +57,15 @@ def memory_probe(files: list[str], bindings: list[str], device: str, threads: in
 
 def table(result: Mapping[str, Any]) -> str:
     """The rows as text."""
-    head = f"{'':28} {'ms/step':>9} {'to alone':>9} {'to KD':>9} {'peak MiB':>9} {'to KD':>9} {'parameters':>11}"
+    head = f"{'':28} {'ms/step':>9} {'to alone':>9} {'to KD':>9} {'to bound':>9} {'peak MiB':>9} {'to KD':>9} {'parameters':>11}"
     lines = [", ".join(f"{name} {value}" for name, value in result["machine"].items()), head, "-" * len(head)]
-    first, kd = result["rows"][0], next((row for row in result["rows"] if row["method"] == "KD"), result["rows"][0])
+    rows = {row["method"]: row for row in result["rows"]}
+    first = result["rows"][0]
+    kd = rows.get("KD", first)
     for row in result["rows"]:
+        bound = rows.get(f"{row['method']}{BOUND}")
         times = f"{row['ms']:9.1f} {row['ms'] / first['ms']:8.2f}x {row['ms'] / kd['ms']:8.2f}x"
+        times += f" {row['ms'] / bound['ms']:8.2f}x" if bound else 10 * " "
         memory = f"{row['peak_mib']:9.0f} {row['peak_mib'] / max(kd['peak_mib'], 1):8.2f}x"
         lines.append(f"{row['method']:28} {times} {memory} {row['parameters']:11,}")
     return "\n".join(lines)
@@ -70,7 +78,8 @@ class StepBenchmark:
     Args:
         pair: gin file of the two networks.
         teacher: Name of the teacher in it.
-        methods: gin file by name of the row.
+        methods: gin file, binding or several of either, by name of the row.
+        bounds: By the name of a method, a binding that puts the least in place of its loss: a row more, which 'to bound' refers to.
         bindings: Further bindings for every row.
         num_classes: Classes of the noise images.
         input_size: Channels, height and width of them.
@@ -84,7 +93,8 @@ class StepBenchmark:
 
     pair: str
     teacher: str
-    methods: Mapping[str, str]
+    methods: Mapping[str, Choice]
+    bounds: Mapping[str, str] = field(default_factory=dict)
     bindings: tuple[str, ...] = ()
     num_classes: int = 100
     input_size: tuple[int, int, int] = (3, 32, 32)
@@ -95,12 +105,19 @@ class StepBenchmark:
     device: str = "cpu"
     output: str | None = "runs/benchmark/steps.json"
 
-    def run(self) -> dict[str, Any]:
-        """Measures, prints the table and writes the JSON file.
+    def recipes(self) -> dict[str, tuple[str, ...]]:
+        """Gin files and bindings of every row, a bound after its method."""
+        if unknown := set(self.bounds).difference(self.methods):
+            raise ValueError(f"Expected bounds of methods among {', '.join(self.methods)} (got {min(unknown)})")
+        recipes: dict[str, tuple[str, ...]] = {}
+        for name, choice in self.methods.items():
+            recipes[name] = (choice,) if isinstance(choice, str) else tuple(choice)
+            if name in self.bounds:
+                recipes[name + BOUND] = (*recipes[name], self.bounds[name])
+        return recipes
 
-        Returns:
-            ``machine`` and ``rows``: method, ms, peak_mib and parameters (those that distillation adds).
-        """
+    def measure(self) -> list[dict[str, Any]]:
+        """The rows: method, ms, peak_mib and parameters (those that distillation adds)."""
         torch.set_num_threads(self.threads)
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "teacher.safetensors"
@@ -117,15 +134,27 @@ class StepBenchmark:
                 "Trainer.channels_last = True",
                 *self.bindings,
             ]
-            files = {name: [self.pair, file] for name, file in self.methods.items()}
-            steps = {name: training_step(chosen, settings) for name, chosen in files.items()}
+            files, bindings = {}, {}
+            for name, parts in self.recipes().items():
+                files[name] = [self.pair, *(part for part in parts if part.endswith(".gin"))]
+                bindings[name] = [*settings, *(part for part in parts if not part.endswith(".gin"))]
+            steps = {name: training_step(files[name], bindings[name]) for name in files}
             seconds = time_in_turns({name: run for name, (run, _) in steps.items()}, self.repeats, self.device)
-            memory = {name: in_child(memory_probe, chosen, settings, self.device, self.threads) for name, chosen in files.items()}
-        rows = [
+            memory = {
+                name: in_child(memory_probe, files[name], bindings[name], self.device, self.threads, preload=PRELOAD) for name in files
+            }
+        return [
             {"method": name, "ms": 1000 * seconds[name], "peak_mib": memory[name], "parameters": parameters}
             for name, (_, parameters) in steps.items()
         ]
-        result = {"machine": machine(self.device, self.threads), "options": asdict(self), "rows": rows}
+
+    def run(self) -> dict[str, Any]:
+        """Measures, prints the table and writes the JSON file.
+
+        Returns:
+            ``machine`` and ``rows``, see :meth:`measure`.
+        """
+        result = {"machine": machine(self.device, self.threads), "options": asdict(self), "rows": self.measure()}
         print(table(result))
         write_json(result, self.output)
         return result

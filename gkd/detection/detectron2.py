@@ -83,10 +83,9 @@ class Detectron2Detector(Detector):
         network = self._network
         seen: dict[str, Any] = {}
         handles = [network.backbone.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, features=output))]
-        if self.two_stage:
-            handles.append(
-                network.proposal_generator.register_forward_hook(lambda module, inputs, output: seen.update(proposals=output[0]))
-            )
+        if self.two_stage or hasattr(network, "head"):
+            head = network.proposal_generator if self.two_stage else network.head
+            handles.append(head.register_forward_hook(lambda module, inputs, output: seen.update(head=output[0])))
         try:
             with EventStorage():  # the heads insist on telling somebody how many anchors matched
                 losses = network(self._inputs(images, targets))
@@ -94,8 +93,12 @@ class Detectron2Detector(Detector):
             for handle in handles:
                 handle.remove()
         height, width = seen["inputs"][0].shape[-2:]
-        proposals = [found.proposal_boxes.tensor.detach() for found in seen["proposals"]] if self.two_stage else None
-        return Output(losses, self._sorted(seen["features"]), (height, width), proposals)
+        output = Output(losses, self._sorted(seen["features"]), (height, width))
+        if self.two_stage:
+            output.proposals = [found.proposal_boxes.tensor.detach() for found in seen["head"]]
+        elif "head" in seen:
+            output.dense_logits = self._dense(seen["head"])
+        return output
 
     def features(self, images: Images) -> dict[str, Tensor]:
         """Maps of all levels, by the model's own preprocessing, backbone and pyramid."""
@@ -108,17 +111,20 @@ class Detectron2Detector(Detector):
         heads: Any = getattr(self.model, "roi_heads", None)
         if not self.two_stage or isinstance(getattr(heads, "box_predictor", None), nn.ModuleList | None):
             raise UserError(f"Expected a two-stage detector with one box head for class logits (got {type(self.model).__name__})")
-        if self.num_classes is None or heads.num_classes != self.num_classes:
-            raise UserError(
-                f"Expected a detector with the classes of the data for class logits (got {heads.num_classes} classes). "
-                "Switch the term off, or choose a teacher of the same classes."
-            )
+        self._check_classes(heads.num_classes)
         found = [Boxes(box) for box in boxes]
         if hasattr(heads, "box_pooler"):
             pooled = heads.box_head(heads.box_pooler([features[name] for name in heads.box_in_features], found))
         else:  # heads on a map of stride 16, without a pyramid
             pooled = heads._shared_roi_transform([features[name] for name in heads.in_features], found).mean(dim=(2, 3))
         return heads.box_predictor(pooled)[0]
+
+    def dense_logits(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Class scores of the head, which computes its boxes along the way."""
+        if self.two_stage or not hasattr(self.model, "head"):
+            raise UserError(f"Expected a one-stage detector for class logits at all places (got {type(self.model).__name__})")
+        self._check_classes(self._network.num_classes)
+        return self._dense(self._network.head([features[name] for name in self._network.head_in_features])[0])
 
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:
@@ -137,6 +143,19 @@ class Detectron2Detector(Detector):
         state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
         write_atomic(path, lambda file: torch.save({"model": state}, file))
         save_config(self.config, path.with_suffix(".yaml"))
+
+    def _dense(self, logits: Sequence[Tensor]) -> Tensor:
+        """Joins the levels' maps [B, A * K, h, w] of class scores."""
+        number = self._network.num_classes
+        rows = [level.unflatten(1, (-1, number)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in logits]
+        return torch.cat(rows, dim=1)
+
+    def _check_classes(self, number: int) -> None:
+        if number != self.num_classes:
+            raise UserError(
+                f"Expected a detector with the classes of the data for class logits (got {number} classes). "
+                "Switch the term off, or choose a teacher of the same classes."
+            )
 
     def _inputs(self, images: Images, targets: Targets | None = None) -> list[dict[str, Any]]:
         """What the model is called with: channels in its order, true boxes where there are."""

@@ -69,7 +69,8 @@ class LevelTaps:
 class DetectionNetworks(Networks):
     """Two detectors as the distiller's networks; see `gkd.distill.Networks`.
 
-    The teacher computes its maps and nothing else, unless a term compares class logits: then its box head sees the student's proposals.
+    The teacher computes its maps and nothing else, unless a term compares class logits: then its box head sees the student's proposals, or
+    its classification head all places where there are no proposals.
 
     Args:
         student: The detector to train.
@@ -100,19 +101,22 @@ class DetectionNetworks(Networks):
         true = [target["boxes"] for target in targets]
         if self.choice.background == 0 or getattr(term, "true_boxes_only", False):
             return true, output.image_size
-        boxes = padded_boxes(true)
-        if output.proposals is not None:
-            candidates = padded_boxes(output.proposals)[:, :CANDIDATES]
-        else:
-            candidates = grid_candidates(next(iter(output.features.values())), output.image_size)
-        mined = mine_background(candidates, boxes, self.choice.background, self.choice.max_iou)
-        return list(torch.cat((boxes, mined), dim=1).unbind()), output.image_size
+        if output.regions is None:
+            boxes = padded_boxes(true)
+            if output.proposals is not None:
+                candidates = padded_boxes([found[:CANDIDATES] for found in output.proposals])
+            else:
+                candidates = grid_candidates(next(iter(output.features.values())), output.image_size)
+            mined = mine_background(candidates, boxes, self.choice.background, self.choice.max_iou)
+            output.regions = list(torch.cat((boxes, mined), dim=1).unbind())
+        return output.regions, output.image_size
 
     def logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal."""
+        """Class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal; or at all places [B * n, K] of
+        one-stage detectors, and the targets as they are."""
         assert self.teacher is not None
         if output.proposals is None:
-            raise UserError(f"Expected a student with proposals for a term of class logits (got {type(self.student.model).__name__})")
+            return self._dense_logits(output, teacher_output, targets)
         shared = shared_proposals(output.proposals, self.choice.proposals, output.image_size)
         boxes = list(shared.unbind())
         own = self.student.class_logits(output.features, boxes, output.image_size)
@@ -121,6 +125,18 @@ class DetectionNetworks(Networks):
         true = padded_boxes([target["boxes"] for target in targets])
         labels = region_labels(shared, true, [target["labels"] for target in targets], self.num_classes)
         return own, goal, labels.flatten()
+
+    def _dense_logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Any]:
+        assert self.teacher is not None
+        own = output.dense_logits
+        with torch.no_grad():
+            goal = self.teacher.dense_logits(teacher_output)
+        if own is None or own.shape != goal.shape:
+            raise UserError(
+                "Expected student and teacher with class scores at the same places for a term of class logits (got student "
+                f"{None if own is None else list(own.shape)}, teacher {list(goal.shape)}: images, places, classes)"
+            )
+        return own.flatten(0, 1), goal.flatten(0, 1), targets
 
     def anchors(self, output: Output, logits: tuple[Any, Any, Any]) -> list[Tensor]:
         """The student's maps, from which both the task and the logits follow."""

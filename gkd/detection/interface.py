@@ -52,12 +52,16 @@ class Output:
         image_size: Height and width of the padded batch that the maps were computed from.
         proposals: Of every image the proposals of a two-stage detector [n_i, 4], best first, in pixels, without gradient; None for one
             stage.
+        dense_logits: Class scores of a one-stage detector at all its places, as of `Detector.dense_logits`; None for two stages.
+        regions: True boxes and mined background of every image, once a term has asked for them.
     """
 
     losses: dict[str, Tensor]
     features: dict[str, Tensor]
     image_size: tuple[int, int]
     proposals: list[Tensor] | None = None
+    dense_logits: Tensor | None = None
+    regions: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Detector(ABC):
             it for no longer than the call.
         levels: Names of the feature maps, shallow to deep: ``p2`` .. ``p6`` for a map of stride 4 .. 64; one-stage detectors have ``p3`` ..
             ``p7``.
-        two_stage: Whether there are proposals and `class_logits`.
+        two_stage: Whether there are proposals and `class_logits`; else there are `dense_logits`.
     """
 
     model: nn.Module
@@ -151,6 +155,20 @@ class Detector(ABC):
 
         Raises:
             UserError: If the network has one stage, or other classes than the data.
+        """
+
+    @abstractmethod
+    def dense_logits(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Class scores before the sigmoid at all places (and anchors) of a one-stage detector, by its classification head alone.
+
+        Args:
+            features: All levels that the head reads, of `features`.
+
+        Shapes:
+            - **output** [B, n, K], the data's classes in their order; places level by level, as the library counts them
+
+        Raises:
+            UserError: If the network has two stages, or other classes than the data.
         """
 
     @abstractmethod

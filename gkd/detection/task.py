@@ -80,12 +80,14 @@ class Detection(Task):
             task=TaskLosses(),
             networks=DetectionNetworks(self.detector, self.teacher, regions or Regions(), self.data.num_classes),
         )
-        compares_logits = any(getattr(term, "level", None) == "logits" for term in self.distiller.terms.values())
-        if compares_logits and not all(detector.two_stage for detector in (self.detector, self.teacher) if detector is not None):
-            raise UserError(
-                "Expected two-stage detectors for a term of class logits, such as KDLoss (got one without proposals). Take the term out of "
-                "Distiller.terms, give it the weight 0, or set DetectorNetwork.architecture = 'faster_rcnn' for both."
-            )
+        stages = {detector.two_stage for detector in (self.detector, self.teacher) if detector is not None}
+        for term in self.distiller.terms.values():
+            if getattr(term, "level", None) == "logits" and stages != {not getattr(term, "dense", False)}:
+                found = " and ".join("two stages" if two else "one stage" for two in sorted(stages))
+                raise UserError(
+                    "Expected DenseKDLoss for the class logits of one-stage detectors, and another term, such as KDLoss, for two stages "
+                    f"(got {type(term).__name__} for {found}). Set KD = @DenseKDLoss() or KD = @KDLoss(), or give the term the weight 0."
+                )
         self.distiller.to(fabric.device)
         if fabric.world_size > 1:
             seed_everything(seed + fabric.global_rank)

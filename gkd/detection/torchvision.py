@@ -78,11 +78,15 @@ class TorchvisionDetector(Detector):
         labels = self._label_table(images[0].device)
         given = [{"boxes": target["boxes"], "labels": labels[target["labels"]]} for target in targets]
         seen: dict[str, Any] = {}
-        modules = {"features": self.model.backbone, **({"proposals": self.model.rpn} if self.two_stage else {})}
-        with _watched(modules, seen):
+        modules = {"proposals": self.model.rpn} if self.two_stage else {"logits": self.model.head.classification_head}
+        with _watched({"features": self.model.backbone, **modules}, seen):
             losses = self.model(_floats(images), given)
-        proposals = [boxes.detach() for boxes in seen["proposals"][0]] if self.two_stage else None
-        return Output(losses, self._named(seen["features"]), self.image_size(images), proposals)
+        output = Output(losses, self._named(seen["features"]), self.image_size(images))
+        if self.two_stage:
+            output.proposals = [boxes.detach() for boxes in seen["proposals"][0]]
+        else:
+            output.dense_logits = seen["logits"][..., labels]
+        return output
 
     def features(self, images: Images) -> dict[str, Tensor]:
         """Transform, backbone and pyramid."""
@@ -101,6 +105,13 @@ class TorchvisionDetector(Detector):
         pooled = heads.box_roi_pool(maps, list(boxes), [image_size] * len(boxes))
         logits, _ = heads.box_predictor(heads.box_head(pooled))
         return logits[:, torch.cat((table, table.new_zeros(1)))]
+
+    def dense_logits(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Scores of the classification head."""
+        if self.two_stage:
+            raise UserError(f"Expected a one-stage detector for class logits at all places (got {type(self.model).__name__})")
+        table = self._label_table(next(iter(features.values())).device)
+        return self.model.head.classification_head([features[level] for level in self._keys])[..., table]
 
     def detect(self, images: Images) -> list[Detections]:
         """The library's own inference."""

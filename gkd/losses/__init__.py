@@ -2,7 +2,7 @@
 
 from gkd.losses.attention import channel_attention, feature_attention, node_attention, spatial_attention
 from gkd.losses.contrastive import CRDLoss, HKDLoss, crd_loss, info_nce_loss, sample_negatives
-from gkd.losses.detection import CWDLoss, MGDLoss, PKDLoss, cwd_loss, pkd_loss
+from gkd.losses.detection import CWDLoss, DenseKDLoss, MGDLoss, PKDLoss, cwd_loss, dense_kd_loss, pkd_loss
 from gkd.losses.edges import EdgeLoss, adjacency_loss, edge_loss
 from gkd.losses.encodings import EncodingLoss, encoding_loss
 from gkd.losses.features import (
@@ -58,6 +58,7 @@ __all__ = [
     "CWDLoss",
     "DISTLoss",
     "DKDLoss",
+    "DenseKDLoss",
     "DsigLoss",
     "EdgeLoss",
     "EncodingLoss",
@@ -89,6 +90,7 @@ __all__ = [
     "channel_attention",
     "crd_loss",
     "cwd_loss",
+    "dense_kd_loss",
     "dist_loss",
     "dkd_loss",
     "edge_loss",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gkd.losses.inputs import check_maps, check_same_shape, in_full_precision
 from gkd.losses.precision import at_least_float32
 
-__all__ = ["CWDLoss", "MGDLoss", "PKDLoss", "cwd_loss", "pkd_loss"]
+__all__ = ["CWDLoss", "DenseKDLoss", "MGDLoss", "PKDLoss", "cwd_loss", "dense_kd_loss", "pkd_loss"]
 
 
 @in_full_precision
@@ -76,6 +76,47 @@ def pkd_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     return F.mse_loss(standardize(student), standardize(teacher.detach())) / 2
 
 
+@in_full_precision
+def dense_kd_loss(student: Tensor, teacher: Tensor, focus: float = 1.0) -> Tensor:
+    r"""Compares the class scores of a one-stage detector, place by place and class by class, most where the two disagree.
+
+    .. math:: \frac{\sum_{ik} |p^s_{ik} - p^t_{ik}|^\gamma\; \mathrm{KL}(p^t_{ik} \,\|\, p^s_{ik})}{\max(1, \sum_i \max_k p^t_{ik})},
+              \quad p = \sigma(\text{logit})
+
+    A score is the chance of a class against all else, so each is a distribution of two outcomes. Nearly all places are background on which
+    both agree: the factor keeps their number from deciding, and the denominator counts the places at which the teacher finds something.
+
+    Args:
+        student: Class logits of all places of all images.
+        teacher: Those of the teacher at the same places; get no gradient.
+        focus: Gamma; 0 weighs all places alike.
+
+    Shapes:
+        - **student**, **teacher** [n, K]; **output** scalar
+
+    Raises:
+        ValueError: If the shapes differ or `focus` is negative.
+
+    References:
+        Yang et al.: Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, ICCV 2023.
+
+    Examples:
+        >>> sure, unsure = torch.tensor([[20.0, -20.0]]), torch.tensor([[0.0, -20.0]])
+        >>> dense_kd_loss(unsure, sure)  # half the way off, at a cost of log 2
+        tensor(0.3466)
+    """
+    check_same_shape(student, teacher)
+    if focus < 0:
+        raise ValueError(f"Expected focus >= 0 (got {focus})")
+    goal = teacher.detach()
+    chance = goal.sigmoid()
+    divergence = chance * (F.logsigmoid(goal) - F.logsigmoid(student)) + (1 - chance) * (F.logsigmoid(-goal) - F.logsigmoid(-student))
+    if focus > 0:
+        divergence = (student.sigmoid() - chance).abs().pow(focus) * divergence
+    count = chance.amax(1).sum() if chance.numel() else chance.sum()
+    return divergence.sum() / count.clamp(min=1)
+
+
 class CWDLoss(nn.Module):
     """Channel-wise distillation, see :func:`cwd_loss`. Published on FPN levels with weight 10."""
 
@@ -91,6 +132,21 @@ class CWDLoss(nn.Module):
     ) -> Tensor:
         """Returns the loss of one stage; boxes are not used."""
         return cwd_loss(student, teacher, self.temperature)
+
+
+class DenseKDLoss(nn.Module):
+    """Class scores at all places of a one-stage detector, see :func:`dense_kd_loss`."""
+
+    level = "logits"
+    dense = True  # for detectors without proposals
+
+    def __init__(self, focus: float = 1.0) -> None:
+        super().__init__()
+        self.focus = focus
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the loss; targets are not used."""
+        return dense_kd_loss(student, teacher, self.focus)
 
 
 class PKDLoss(nn.Module):

@@ -116,6 +116,23 @@ def test_norms_and_frozen_stages():
 
 
 @needs_detectron2
+@pytest.mark.parametrize("architecture", ["retinanet", "fcos"])
+def test_class_logits_of_one_stage_detectors_at_all_places(architecture):
+    detector = student(architecture)
+    images = pictures()
+    output = detector.forward(images, [target((4, 5, 40, 50)), target()])
+    logits = detector.dense_logits(output.features)
+    assert torch.equal(logits, output.dense_logits)
+    head = detector.model.head([output.features[name] for name in detector.model.head_in_features])
+    (library,) = [torch.cat(levels, dim=1) for levels in detector.model._transpose_dense_predictions([head[0]], [3])]
+    assert torch.equal(logits, library)
+    with pytest.raises(UserError, match="two-stage|proposals"):
+        detector.class_logits(output.features, [], (64, 64))
+    with pytest.raises(UserError, match="one-stage"):
+        student("faster_rcnn").dense_logits(output.features)
+
+
+@needs_detectron2
 def test_one_stage_normalizer_is_kept():
     detector = student("retinanet")
     before = detector.model.loss_normalizer.clone()

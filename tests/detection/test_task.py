@@ -114,6 +114,28 @@ def test_each_term_reaches_every_parameter_below_it(files, term):
         assert all(parameter.grad is not None for parameter in task.student.roi_heads.box_head.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["fcos", "retinanet"])
+def test_class_logits_of_one_stage_detectors_at_all_places(files, architecture):
+    files(architecture, "KD = @DenseKDLoss()", "KD_WEIGHT = 1.0")
+    task = build()
+    called = spy(task.teacher.model)
+    heads = spy(task.teacher.model.head)
+    batch = next(task.batches("train", 2))
+    losses = task.distiller(*batch)
+    assert set(called) == {"transform", "backbone", "head"}
+    assert set(heads) == {"classification_head"}
+    losses["kd"].backward()
+    head = task.student.head
+    assert all(parameter.grad is not None for parameter in head.classification_head.parameters())
+    assert all(parameter.grad is None for parameter in head.regression_head.parameters())
+    # The scores kept from the training pass are those that the maps give, in the order of the classes.
+    output = task.detector.forward(batch[0], batch[1])
+    assert torch.equal(output.dense_logits, task.detector.dense_logits(output.features))
+    assert output.dense_logits.shape[2] == 10
+    with pytest.raises(ValueError, match="two-stage"):
+        task.detector.class_logits(output.features, [], (64, 64))
+
+
 @pytest.mark.parametrize("method", ["cwd", "dsig", "fgd", "mgd", "pkd"])
 def test_published_methods_combine_with_a_pair(files, method):
     files("fcos")
@@ -167,7 +189,7 @@ def test_a_run_resumes_bit_for_bit_and_its_student_loads_strictly(files, main, c
         (["TEACHER_WEIGHTS = None"], "weights of the teacher"),
         (["Detection.data = @COCO()", "COCO.root = 'nowhere'"], "cocodataset.org"),
         (["Detection.data = @VOC()", "VOC.root = 'nowhere'"], "folder of Pascal VOC"),
-        (["KD_WEIGHT = 1.0"], "two-stage detectors"),
+        (["KD_WEIGHT = 1.0"], "DenseKDLoss for the class logits of one-stage detectors"),
         (["Detection.batch_size = 100"], "at least one batch of 100 training images (got 6 images)"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gkd.losses.detection import CWDLoss, MGDLoss, PKDLoss, cwd_loss, pkd_loss
+from gkd.losses.detection import CWDLoss, DenseKDLoss, MGDLoss, PKDLoss, cwd_loss, dense_kd_loss, pkd_loss
 from gkd.losses.regions import DsigLoss, FGDLoss, fgd_focal_loss, foreground_mask, instance_graph_loss
 
 
@@ -37,6 +37,29 @@ def test_cwd_agrees_with_loops():
         expected += (p * np.log(p / q)).sum()
     assert cwd_loss(student, teacher, 2.0).item() == pytest.approx(4 * expected / 6, rel=1e-9)
     torch.testing.assert_close(cwd_loss(student + 3, teacher), cwd_loss(student, teacher))
+
+
+def test_dense_kd_agrees_with_loops():
+    student, teacher = maps(6, 3), maps(6, 3, seed=1)
+    expected = count = 0.0
+    for s, t in zip(1 / (1 + np.exp(-student.numpy())), 1 / (1 + np.exp(-teacher.numpy())), strict=True):
+        count += t.max()
+        expected += (abs(s - t) ** 2 * (t * np.log(t / s) + (1 - t) * np.log((1 - t) / (1 - s)))).sum()
+    assert dense_kd_loss(student, teacher, focus=2.0).item() == pytest.approx(expected / max(1.0, count), rel=1e-9)
+    assert dense_kd_loss(student, student.clone(), focus=0.0) == 0
+    with pytest.raises(ValueError, match="focus >= 0"):
+        dense_kd_loss(student, teacher, focus=-1.0)
+
+
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+def test_dense_kd_is_finite_where_all_is_certain(focus):
+    for goal in (-200.0, 200.0):
+        student, teacher = torch.full((4, 2), 200.0, requires_grad=True), torch.full((4, 2), goal, requires_grad=True)
+        DenseKDLoss(focus)(student, teacher).backward()
+        assert student.grad.isfinite().all()
+        assert teacher.grad is None
+    empty = torch.zeros(0, 3, requires_grad=True)
+    assert DenseKDLoss(focus)(empty, torch.zeros(0, 3)) == 0
 
 
 def test_pkd_is_one_minus_the_correlation():

@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from gkd.config import ROOT, configure
+from gkd.engine.study import Record
+from gkd.engine.sweep import Plan, Sweep
 from gkd.models import build_classifier
 
 pytest.importorskip("optuna")
@@ -42,12 +48,16 @@ Sweep.seeds = (0,)
 """
 
 
-@pytest.fixture(scope="module")
-def sweep_module():
-    spec = importlib.util.spec_from_file_location("ablation_sweep", ROOT / "projects" / "ablation" / "sweep.py")
+def load(name: str, path: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def sweep_module():
+    return load("ablation_sweep", "projects/ablation/sweep.py")
 
 
 @pytest.fixture
@@ -173,3 +183,95 @@ def test_mistakes_end_with_code_2_and_one_message_before_anything_is_trained(swe
     assert re.search(message, captured.err)
     assert "Traceback" not in captured.err
     assert not list(Path("runs").rglob("cells"))
+
+
+# ---------------------------------------------------------------- the command, in processes of its own
+
+GRID = """
+Sweep.base = 'base.gin'
+Sweep.bindings = ('Trainer.epochs = 3', 'Trainer.optimizer = @SGD()')
+Sweep.axes = {'SGD.lr': (0.1, 0.01), 'gradient': {'whole': (), 'clipped': 'Trainer.clip_norm = 0.5'}}
+Sweep.baseline = 'lr 0.1, whole'
+Sweep.seeds = (0,)
+Sweep.workers = 1
+"""
+
+
+def start(folder: Path) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    (folder / "base.gin").write_text(BASE)
+    (folder / "grid.gin").write_text(GRID)
+    command = [sys.executable, str(ROOT / "projects" / "ablation" / "sweep.py"), "--gin", "grid.gin", "--device", "cpu"]
+    with (folder / f"output{len(list(folder.glob('output*')))}.txt").open("w") as output:
+        return subprocess.Popen(
+            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        )
+
+
+def told(folder: Path, number: int) -> list[str]:
+    """The cells of which a process says that it has done them."""
+    return re.findall(r"(?m)^\d/4  (.*), seed 0: top1 ", (folder / f"output{number}.txt").read_text())
+
+
+def accuracies(folder: Path) -> dict[str, tuple[str, str]]:
+    """The columns of the table that are no timings, and the bits of the students behind them."""
+    output = folder / "runs/ablation/grid"
+    rows = csv.DictReader((output / "table.csv").read_text().splitlines())
+    students = {path.parent.parent.name: path.read_bytes() for path in output.glob("cells/*/seed0/student.safetensors")}
+    assert len(students) == 4
+    return {**students, **{row["method"]: (row["last_mean"], row["best_mean"]) for row in rows}}
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep_and_a_killed_one_ends_with_the_same_table(tmp_path):
+    shared, killed = tmp_path / "shared", tmp_path / "killed"
+    both = [start(shared), start(shared)]
+    assert [process.wait(600) for process in both] == [0, 0], "".join(path.read_text() for path in shared.glob("output*"))
+    done = [told(shared, 0), told(shared, 1)]
+    assert all(done)  # both worked
+    assert sorted(done[0] + done[1]) == sorted({*done[0], *done[1]})  # and on no cell twice
+    assert len(done[0] + done[1]) == 4
+
+    process = start(killed)
+    deadline = time.monotonic() + 300
+    while not (first := told(killed, 0)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    known = {path: path.stat().st_mtime_ns for path in killed.glob("runs/ablation/grid/cells/*/seed0/results.json")}
+    assert 1 <= len(known) < 4
+    assert start(killed).wait(600) == 0
+    assert all(path.stat().st_mtime_ns == changed for path, changed in known.items())
+    assert not set(first) & set(told(killed, 1))
+    assert accuracies(killed) == accuracies(shared)
+
+
+def test_the_report_opens_in_chromium_without_errors_or_requests(sweep_module, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pages = load("pages", "tests/viz/test_pages.py")
+    if pages.CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    sweep = Sweep("run.gin", axes={"k": (2, 4, 8), "edges": {"kNN": (), "complete": "x = 1"}}, baseline="k 2, kNN", seeds=(0, 1))
+    plan = Plan(sweep, None, repr)
+    records = {}
+    for number, cell in enumerate(plan.cells()):
+        results = {**pages.RESULTS, "final": {**pages.RESULTS["final"], "top1": 70.0 + number}, "seed": cell.seed}
+        records[cell.key] = Record(results, None, number)
+        run = tmp_path / "cells" / cell.name
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in pages.metrics()))
+    assert sweep_module.report(plan, records, tmp_path, "grid") == 0
+    assert "k 8, complete" in capsys.readouterr().out
+    text = (tmp_path / "report.html").read_text()
+    assert "Mean over the seeds" in text  # the heat map of the axes
+    opened = pages.open_in_chromium(tmp_path / "report.html", tmp_path)
+    assert (opened.console, opened.requests) == ([], [])
+    assert pages.colors_of(opened.screenshot) > 200
+
+
+def test_cells_without_reports(sweep_module):
+    for reports in (True, False):
+        commands = sweep_module.Commands(Sweep("run.gin", axes={"k": (2,)}, reports=reports), [])
+        assert ("--no-report" in commands.train(commands.sweep.grid()[0], 0)) is not reports

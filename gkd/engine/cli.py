@@ -28,6 +28,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--eval-only", action="store_true", help="evaluate the run folder's student, or else the weights that the file names"
     )
     parser.add_argument("--export", choices=("onnx", "torch"), help="write the student as ONNX or as a torch.export program too")
+    parser.add_argument("--no-report", action="store_true", help="leave out report.html, whose pictures take some seconds")
     parser.add_argument("--seed", type=int, help="seed of everything that is drawn")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -85,6 +85,7 @@ class Sweep:
         teacher_macro: Name by which the base calls the teacher's weights.
         workers: Cells that run at a time; None for one on a GPU, and for as many as there are cores divided by `threads` without.
         threads: Threads of a cell on the CPU.
+        reports: Whether every cell draws its ``report.html``, a quarter of its time where trainings are as short as on digits.
 
     Raises:
         ValueError: If an argument is malformed.
@@ -113,6 +114,7 @@ class Sweep:
         teacher_macro: str = "TEACHER_WEIGHTS",
         workers: int | None = None,
         threads: int = 1,
+        reports: bool = True,
     ) -> None:
         self.base, self.bindings, self.teacher = _several(base), _several(bindings), _several(teacher)
         self.axes = {name: _choices(name, values) for name, values in (axes or {}).items()}
@@ -120,7 +122,7 @@ class Sweep:
         self.baseline, self.seeds, self.sampler, self.trials = baseline, tuple(seeds), sampler, trials
         self.metric, self.root, self.program = metric, root, program
         self.teacher_weights, self.teacher_macro = Path(teacher_weights), teacher_macro
-        self.workers, self.threads = workers, threads
+        self.workers, self.threads, self.reports = workers, threads, reports
         if not self.base:
             raise ValueError("Expected at least one gin file as the base (got none)")
         if not self.axes and not self.references:

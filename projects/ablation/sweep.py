@@ -50,7 +50,8 @@ class Commands:
         return [*sweep.bindings, *self.further, *teacher, *point.bindings, f"{sweep.root}.seed = {seed}"]
 
     def train(self, point: Point, seed: int) -> list[str]:
-        return self._command(self.files(point), self.bindings(point, seed, self.sweep.teacher_weights))
+        command = self._command(self.files(point), self.bindings(point, seed, self.sweep.teacher_weights))
+        return command if self.sweep.reports else [*command, "--no-report"]
 
     def train_teacher(self) -> list[str]:
         return self._command(self.sweep.teacher, [line for line in self.further if line.startswith("Trainer.device")])

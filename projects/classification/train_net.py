@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         results = task.train(folder, config.text, resume=arguments.resume)
         if results is not None:
             fabric.print(f"Wrote {folder.student} and {folder.results}")
-            if fabric.is_global_zero:
+            if fabric.is_global_zero and not arguments.no_report:
                 fabric.print(f"Wrote {write_report(folder, task.distiller, task.data)}")
     if arguments.export and results is not None:
         fabric.print(f"Wrote {task.export(arguments.export, folder)}")

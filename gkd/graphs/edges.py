@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gkd.graphs.nearest import nearest
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.similarity import Metric, build_similarity, take_edges, unit_rows, without_autocast
 from gkd.graphs.topology import (
@@ -14,12 +15,9 @@ from gkd.graphs.topology import (
     checked_rows,
     complete_index,
     neighbor_index,
-    neighbors,
     num_slots,
     without_diagonal,
 )
-
-_LARGEST_SCORES = 2**26
 
 
 class SimilarityEdges(nn.Module):
@@ -102,7 +100,7 @@ class NeighborEdges(SimilarityEdges):
         raise TypeError(f"{type(self).__name__} has to define width()")
 
     def choose(self, x: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Neighbours [B, n, k] in the numbering of their graph, which of them exist (None: all), and scores of all pairs if at hand."""
+        """Neighbours [B, n, k] in the numbering of their graph, which of them exist (None: all), and their scores if at hand."""
         raise TypeError(f"{type(self).__name__} has to define choose()")
 
     def slots(self, num_nodes: int) -> int:
@@ -111,16 +109,14 @@ class NeighborEdges(SimilarityEdges):
 
     def own_edges(self, x: Tensor, nodes: Nodes) -> Edges:
         """The chosen neighbours, symmetrised."""
-        batch_size = x.shape[0]
+        batch_size, num_nodes, _ = x.shape
         source, exists, scores = self.choose(x, nodes)
         edge_index = neighbor_index(source, exists, self.symmetrize)
-        if self.symmetrize == "union":  # the reverse edges have the scores of the others: these are computed once
-            half = source.shape[1] * source.shape[2]
-            directed = edge_index.view(2, batch_size, 2, half)[:, :, 0].reshape(2, -1)
-            score = self.similarity.edge_scores(x, x, directed, scores).view(batch_size, 1, half).expand(-1, 2, -1).reshape(-1)
-        else:
-            score = self.similarity.edge_scores(x, x, edge_index, scores)
-        return Edges(edge_index, self.similarity.weights(score, edge_index[0] != edge_index[1], None, batch_size))
+        if scores is None:
+            scores = self.similarity.edge_scores(x, x, bipartite_index(source, num_nodes)).view(source.shape)
+        if self.symmetrize == "union":  # the reverse edges have the scores of the others
+            scores = scores.flatten(1)[:, None].expand(-1, 2, -1)
+        return Edges(edge_index, self.similarity.weights(scores.reshape(-1), edge_index[0] != edge_index[1], None, batch_size))
 
 
 class KNNEdges(NeighborEdges):
@@ -166,19 +162,10 @@ class KNNEdges(NeighborEdges):
 
     def choose(self, x: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The k nearest nodes of each."""
-        batch_size, num_nodes, _ = x.shape
-        k, mask = check_neighbors(self.k, num_nodes - 1, nodes.mask), nodes.mask
-        part = max(_LARGEST_SCORES // max(num_nodes, 1) ** 2, 1)
-        if batch_size <= part:
-            scores = self.similarity.scores(x, x)
-            source, exists = neighbors(scores.detach(), k, mask, loops=False)
-        else:  # many large graphs: some at a time, so that memory stays bounded
-            masks = [None] * batch_size if mask is None else mask.split(part)
-            with torch.no_grad():
-                found = [neighbors(self.similarity.scores(x_, x_), k, m, loops=False) for x_, m in zip(x.split(part), masks, strict=False)]
-            scores, source = None, torch.cat([f[0] for f in found])
-            exists = None if mask is None else torch.cat([f[1] for f in found if f[1] is not None])
-        return source, exists if mask is None or exists is None else exists & mask[:, :, None], scores
+        k, mask = check_neighbors(self.k, x.shape[1] - 1, nodes.mask), nodes.mask
+        source, scores, exists = nearest(self.similarity, x, x, k, mask, loops=False)
+        exists = exists if mask is None or exists is None else exists & mask[:, :, None]
+        return source, exists, self.similarity.neighbor_scores(x, x, source, scores)
 
     def between(self, targets: Nodes, sources: Nodes, edge_index: Tensor | None = None) -> Edges:
         """Edges from the k most similar sources to each target, two sets of nodes of the same B graphs; directed.
@@ -197,12 +184,12 @@ class KNNEdges(NeighborEdges):
                 graph = torch.div(slots[1], max(num_targets, 1), rounding_mode="floor")
                 score = self.similarity.edge_scores(x, y, slots)
                 return Edges(edge_index, self.similarity.weights(score, edge_index[0] >= 0, graph, batch_size))
-            scores = self.similarity.scores(x, y)
-            source, exists = neighbors(scores.detach(), check_neighbors(self.k, num_sources, sources.mask), sources.mask)
+            k = check_neighbors(self.k, num_sources, sources.mask)
+            source, scores, exists = nearest(self.similarity, x, y, k, sources.mask)
             if targets.mask is not None:
                 exists = targets.mask[:, :, None].expand_as(source) if exists is None else exists & targets.mask[:, :, None]
             edge_index = bipartite_index(source, num_sources)
-            score = self.similarity.edge_scores(x, y, edge_index, scores)
+            score = self.similarity.neighbor_scores(x, y, source, scores).reshape(-1)
             return Edges(edge_index, self.similarity.weights(score, None if exists is None else exists.reshape(-1), None, batch_size))
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any, Literal
 
@@ -47,8 +48,7 @@ def exact_eigenmaps(
     L = as_float(L)
     if L.numel() == 0:
         return L.new_zeros(L.size(0), num_eig), L.new_zeros(*L.shape[:2], num_eig)
-    if mask is not None and not torch.compiler.is_compiling() and mask.device.type == "cpu" and bool(mask.all()):
-        mask = None  # not worth a pass over the matrices
+    mask = _partial(mask)
     if mask is not None and not symmetric:
         L = L.masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
     check_finite(L, "Laplacian")
@@ -103,19 +103,27 @@ def lowrank_eigenmaps(
     factor = as_float(factor)
     if factor.numel() == 0:
         return factor.new_zeros(factor.size(0), num_eig), factor.new_zeros(*factor.shape[:2], num_eig)
-    mask = torch.ones(factor.shape[:2], dtype=torch.bool, device=factor.device) if mask is None else mask
-    factor = factor.masked_fill(~mask[:, :, None], 0.0)
+    mask = _partial(mask)
+    factor = factor if mask is None else factor.masked_fill(~mask[:, :, None], 0.0)
     check_finite(factor, "factor")
     with torch.autocast(factor.device.type, enabled=False):
         degree = (factor * factor.sum(1, keepdim=True)).sum(-1)
-        isolated = ~connected(degree) & mask
+        reached = connected(degree)
+        isolated = ~reached if mask is None else ~reached & mask
         G = factor * inverse_sqrt(degree)[:, :, None]
-        eigval, eigvec = _LowRank.apply(G, connected(degree).sum(1), isolated.sum(1), num_eig, drop_trivial, gauge, damping)
+        eigval, eigvec = _LowRank.apply(G, reached.sum(1), isolated.sum(1), num_eig, drop_trivial, gauge, damping)
     if drop_trivial:
         return eigval, eigvec
     # An isolated node is an eigenvector of 0 by itself, but no row of F leads to it.
     rank = torch.where(isolated, isolated.cumsum(1) - 1, -1)
     return eigval, eigvec + (rank[:, :, None] == torch.arange(num_eig, device=rank.device))
+
+
+def _partial(mask: Tensor | None) -> Tensor | None:
+    """Drops a mask that masks nothing, which is not worth a pass over the matrices; on the CPU only, as it waits."""
+    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu" or not bool(mask.all()):
+        return mask
+    return None
 
 
 def check_options(num_eig: int, gauge: str, damping: float | None) -> None:
@@ -180,12 +188,49 @@ def symmetric_product(X: Tensor, U: Tensor) -> Tensor:
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Is ``torch.linalg.eigh`` with a failure that says what is wrong: LAPACK only reports that it did not converge."""
     try:
-        return torch.linalg.eigh(matrix)
+        eigval, eigvec = side_by_side(torch.linalg.eigh, matrix)
+        return eigval, eigvec
     except torch.linalg.LinAlgError as error:
         bad = int((~matrix.isfinite()).sum())
         if bad == 0:
             raise
         raise ValueError(f"Expected a finite Laplacian (got {bad} NaN or infinite of {matrix.numel()} values)") from error
+
+
+def side_by_side(function: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
+    """Applies a decomposition to a batch of matrices, on a CPU to as many at once as torch may use threads.
+
+    LAPACK takes one after the other and lets the threads meet inside each, which for a small matrix takes longer than one thread does,
+    and very much longer where somebody else uses the CPU too. Keeps no record for autograd.
+
+    Args:
+        function: Such as ``torch.linalg.eigh``.
+        batch: The matrices.
+
+    Shapes:
+        - **batch** [B, N, M]
+
+    Examples:
+        >>> [value.shape for value in side_by_side(torch.linalg.eigh, torch.eye(3).expand(64, 3, 3))]
+        [torch.Size([64, 3]), torch.Size([64, 3, 3])]
+    """
+    if torch.compiler.is_compiling() or batch.device.type != "cpu":
+        return function(batch)
+    threads = torch.get_num_threads()
+    if threads == 1 or batch.size(0) < 4 * threads:
+        return function(batch)
+
+    def alone(part: Tensor) -> tuple[Tensor, ...]:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return function(part)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(alone, batch.detach().chunk(threads)))
+    finally:
+        torch.set_num_threads(threads)  # new threads of others would start with 1
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def full_precision(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]:

@@ -133,7 +133,9 @@ def sparse_laplacian(graph: Data, normalization: Normalization = "sym") -> Spars
     if normalization is None:
         return SparseLaplacian(degree, edge_weight, edge_index, mask)
     scale = inverse_sqrt(degree).flatten()
-    return SparseLaplacian(connected(degree).to(degree.dtype), edge_weight * (scale[source] * scale[target]), edge_index, mask)
+    return SparseLaplacian(
+        connected(degree).to(degree.dtype), edge_weight * (scale.index_select(0, source) * scale.index_select(0, target)), edge_index, mask
+    )
 
 
 def node_degree(graph: Data) -> tuple[Tensor, Tensor]:

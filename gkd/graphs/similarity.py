@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from gkd.graphs.rows import neighbor_products
+
 Metric = Literal["cosine", "euclidean"]
 
 _SMALLEST_SQUARED_NORM = 1e-24
@@ -96,8 +98,11 @@ class Similarity(Protocol):
     def scores(self, x: Tensor, y: Tensor) -> Tensor:
         """Scores of all pairs: [B, n, d], [B, m, d] -> [B, n, m]."""
 
-    def edge_scores(self, x: Tensor, y: Tensor, edge_index: Tensor, scores: Tensor | None = None) -> Tensor:
-        """Scores of the edges source j in y -> target i in x: [2, E] -> [E]. Scores of all pairs are used where they help."""
+    def edge_scores(self, x: Tensor, y: Tensor, edge_index: Tensor) -> Tensor:
+        """Scores of the edges source j in y -> target i in x: [2, E] -> [E]."""
+
+    def neighbor_scores(self, x: Tensor, y: Tensor, source: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, n, k] of the neighbours [B, n, k] in y of every x, with a gradient; those that are known have none."""
 
     def radius_score(self, radius: float) -> float:
         """The score of a pair at this distance."""
@@ -114,15 +119,18 @@ class CosineSimilarity:
         unit = unit_rows(x)
         return unit @ (unit if y is x else unit_rows(y)).mT
 
-    def edge_scores(self, x: Tensor, y: Tensor, edge_index: Tensor, scores: Tensor | None = None) -> Tensor:
+    def edge_scores(self, x: Tensor, y: Tensor, edge_index: Tensor) -> Tensor:
         """Cosines of the edges, by the way that needs less memory: all pairs in one product, or two gathered rows an edge."""
-        if scores is None and x.shape[0] * x.shape[1] * y.shape[1] <= edge_index.shape[1] * x.shape[2]:
-            scores = self.scores(x, y)
-        if scores is not None:
-            return take_edges(scores, edge_index)
+        if x.shape[0] * x.shape[1] * y.shape[1] <= edge_index.shape[1] * x.shape[2]:
+            return take_edges(self.scores(x, y), edge_index)
         source, target = edge_index
         x_target, y_source = unit_rows(x).flatten(0, 1)[target], unit_rows(y).flatten(0, 1)[source]
         return (x_target * y_source).sum(dim=-1)
+
+    def neighbor_scores(self, x: Tensor, y: Tensor, source: Tensor, scores: Tensor) -> Tensor:
+        """The known cosines; only their gradient is computed."""
+        unit = unit_rows(x)
+        return neighbor_products(unit, unit if y is x else unit_rows(y), source, scores)
 
     def radius_score(self, radius: float) -> float:
         """The cosine at this cosine distance."""
@@ -150,10 +158,15 @@ class EuclideanSimilarity:
         """Negative squared distances of all pairs."""
         return -squared_distances(x, y)
 
-    def edge_scores(self, x: Tensor, y: Tensor, edge_index: Tensor, scores: Tensor | None = None) -> Tensor:
+    def edge_scores(self, x: Tensor, y: Tensor, edge_index: Tensor) -> Tensor:
         """Negative squared distances of the edges, from differences: exact where the product formula loses digits."""
         source, target = edge_index
         return -(x.flatten(0, 1)[target] - y.flatten(0, 1)[source]).square().sum(dim=-1)
+
+    def neighbor_scores(self, x: Tensor, y: Tensor, source: Tensor, scores: Tensor) -> Tensor:
+        """Negative squared distances anew, from differences as above; the known ones are less exact."""
+        number = source + torch.arange(source.shape[0], device=source.device)[:, None, None] * y.shape[1]
+        return -(x[:, :, None] - y.flatten(0, 1)[number]).square().sum(dim=-1)
 
     def radius_score(self, radius: float) -> float:
         """The negative square of this distance."""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -180,38 +180,35 @@ class Spectrum:
         self.normalization = normalization
         self.method = method
         self.damping = damping
-        self._eigenmaps: dict[tuple[int, bool, str], tuple[Tensor, Tensor]] = {}
+        self._known: dict[Hashable, Any] = {}
 
     @classmethod
     def of(cls, graph: Data | Spectrum) -> Spectrum:
         """Returns a view as it is and wraps a graph."""
         return graph if isinstance(graph, Spectrum) else cls(graph)
 
-    @cached_property
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        return to_dense(self.graph)
-
     @property
     def adjacency(self) -> Tensor:
         """Padded adjacencies, ``[B, N, N]``."""
-        return self._dense[0]
+        adjacency: Tensor = self._once("adjacency", lambda: to_dense(self.graph)[0])
+        return adjacency
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
         """True where a node exists, ``[B, N]``."""
-        return layout(self.graph).mask
+        mask: Tensor = self._once("mask", lambda: layout(self.graph).mask)
+        return mask
 
-    @cached_property
+    @property
     def laplacian(self) -> Tensor:
         """Padded Laplacians, ``[B, N, N]``."""
-        return laplacian(self.graph, self.normalization)[0]
+        L: Tensor = self._once("laplacian", lambda: laplacian(self.graph, self.normalization)[0])
+        return L
 
     def eigenmaps(self, num_eig: int = 8, drop_trivial: bool = True, gauge: Gauge = "eigenspace") -> tuple[Tensor, Tensor]:
         """Returns eigenvalues ``[B, num_eig]`` and eigenvectors ``[B, N, num_eig]``; see :func:`eigenmaps`."""
-        key = (num_eig, drop_trivial, gauge)
-        if key not in self._eigenmaps:
-            self._eigenmaps[key] = self._solve(num_eig, drop_trivial, gauge)
-        return self._eigenmaps[key]
+        pairs: tuple[Tensor, Tensor] = self._once((num_eig, drop_trivial, gauge), lambda: self._solve(num_eig, drop_trivial, gauge))
+        return pairs
 
     def heat_kernel(self, times: Times) -> Tensor:
         """Returns the heat kernels ``[B, T, N, N]``; see :func:`~gkd.graphs.heat.heat_kernel`."""
@@ -224,6 +221,12 @@ class Spectrum:
     @property
     def _bound(self) -> float | None:
         return None if self.normalization is None else 2.0
+
+    def _once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        # functools.cached_property has a lock up to Python 3.11, which torch.compile cannot follow.
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
     def _solve(self, num_eig: int, drop_trivial: bool, gauge: Gauge) -> tuple[Tensor, Tensor]:
         method = choose_method(self.graph, num_eig, self.normalization) if self.method == "auto" else self.method

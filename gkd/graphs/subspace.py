@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 from torch_geometric.data import Data
 
 from gkd.graphs.dense import as_float, check_adjacency
@@ -21,9 +21,11 @@ from gkd.graphs.eigen import (
     inverse_gaps,
     keep,
     rounding,
+    side_by_side,
     symmetric_product,
 )
 from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
+from gkd.graphs.rows import Rows, sort_rows
 
 _SPARE = 8  # vectors beyond the wanted ones; they set the pace of convergence
 # How much more the lowest vector may grow than the highest before the random vectors of the start are made orthonormal. What comes after
@@ -139,26 +141,15 @@ class Operator:
             return self.matrix @ X
         return self.rows.multiply(X.flatten(0, 1)).view_as(X)
 
-    def advance(self, before: Tensor, X: Tensor, image: float, same: float, other: float) -> Tensor:
-        """Computes ``image * L X + same * X + other * before``, one step of a recurrence, in the place of ``before``."""
+    def recurrence(self, centre: float, half: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """Makes a function that computes ``2 / half * (L - centre) X - before`` in hardly more than one product; may overwrite before."""
+        slope = 2 / half
         if self.edge_index is None:
-            before.baddbmm_(self.matrix, X, beta=other, alpha=image)
-        else:
-            before.mul_(other).add_(self(X), alpha=image)
-        return before.add_(X, alpha=same)
-
-
-class Rows(NamedTuple):
-    """The entries of a sparse matrix, row by row; those of one place add up."""
-
-    column: Tensor
-    offset: Tensor
-    """Where each row begins, and the end of the last."""
-    value: Tensor
-
-    def multiply(self, X: Tensor) -> Tensor:
-        """Computes the product with a matrix, as sums of its weighted rows: on a CPU the fastest sparse product that PyTorch has."""
-        return embedding_bag(self.column, X, self.offset, mode="sum", per_sample_weights=self.value, include_last_offset=True)
+            return lambda before, X: before.baddbmm_(self.matrix, X, beta=-1, alpha=slope).add_(X, alpha=-slope * centre)
+        value = slope * self.rows.value
+        value[self.rows.offset[:-1]] -= slope * centre  # every row begins with its diagonal entry
+        rows = self.rows._replace(value=value)
+        return lambda before, X: rows.multiply(X.flatten(0, 1)).view_as(X).sub_(before)
 
 
 def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: float | None, max_iter: int) -> Block | None:
@@ -203,15 +194,18 @@ def _widen(X: Tensor, size: int, operator: Operator) -> Tensor:
     """Fills a block up to its size with random vectors, the same ones every time, and puts these in place of zero columns too."""
     X = X[:, :, :size].to(operator.dtype)
     used, (num_graphs, num_nodes) = X.size(2), operator.mask.shape
-    noise = torch.randn(num_nodes, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    noise = noise.to(operator.mask.device, operator.dtype).expand(num_graphs, -1, -1)
+    noise = _noise(num_nodes, size, X).expand(num_graphs, -1, -1)
     X = torch.where(X.norm(dim=1, keepdim=True) > 0, X, noise[:, :, :used])
     return torch.cat([X, noise[:, :, used:]], 2) * operator.mask[:, :, None]
 
 
+def _noise(num_nodes: int, size: int, like: Tensor) -> Tensor:
+    return torch.randn(num_nodes, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+
+
 def _rayleigh_ritz(operator: Operator, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turns a block into orthonormal Ritz vectors; returns them, their images and their values, ascending."""
-    X = torch.linalg.qr(X)[0]
+    X = side_by_side(torch.linalg.qr, X)[0]
     LX = operator(X)
     projected = X.mT @ LX
     eigval, Q = decompose((projected + projected.mT) / 2)
@@ -242,13 +236,10 @@ def _largest_degree(operator: Operator, lower: float, growth: float) -> int:
 def _filter(operator: Operator, X: Tensor, LX: Tensor, lower: float, degree: int) -> Tensor:
     """Multiplies X by the Chebyshev polynomial of L that is small between ``lower`` and the end of the spectrum."""
     centre, half = (operator.bound + lower) / 2, (operator.bound - lower) / 2
-    sigma = first = -half / centre
-    previous, X = X.clone(memory_format=torch.contiguous_format), (LX - centre * X) * (first / half)
+    step = operator.recurrence(centre, half)
+    previous, X = X.clone(), (LX - centre * X) / half
     for _ in range(degree - 1):
-        following = 1 / (2 / first - sigma)
-        slope = 2 * following / half
-        previous, X = X, operator.advance(previous, X, slope, -slope * centre, -sigma * following)
-        sigma = following
+        previous, X = X, step(previous, X)
     return X
 
 
@@ -257,26 +248,25 @@ def _columns(value: Tensor) -> Tensor:
 
 
 def _rows(diagonal: Tensor, value: Tensor, edge_index: Tensor) -> Rows:
-    """Writes diag(diagonal) - (S + S^T) / 2 as one sparse matrix over the nodes of all the graphs."""
+    """Writes diag(diagonal) - (S + S^T) / 2 as one sparse matrix over the nodes of all the graphs, the diagonal entry first in each row."""
     size = diagonal.numel()
-    loop = torch.arange(size, device=value.device).expand(2, -1)
-    rows = _sort_rows(torch.cat([loop, edge_index], 1), torch.cat([diagonal.flatten(), -value]), size)
-    # S is symmetric if it treats random vectors as its transpose does, and need not be doubled then.
-    probe = torch.randn(size, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(value)
-    image = rows.multiply(probe)
-    product = probe.T @ image
-    if float((product - product.T).abs().max()) <= 16 * torch.finfo(value.dtype).eps * float(probe.norm() * image.norm()):
+    node = torch.arange(size, device=value.device)
+
+    def build(edge_index: Tensor, value: Tensor) -> Rows:
+        row = torch.cat([node, torch.where(value == 0, size, edge_index[0])])  # what is zero goes beyond the last row
+        rows = sort_rows(row, torch.cat([node, edge_index[1]]), torch.cat([diagonal.flatten(), -value]), size)
+        end = int(rows.offset[-1])
+        return Rows(rows.column[:end], rows.offset, rows.value[:end])
+
+    rows = build(edge_index, value)
+    # S is symmetric if in every graph it treats random vectors as its transpose does, and need not be doubled then.
+    probe = _noise(diagonal.size(1), 8, value).expand(diagonal.size(0), -1, -1)
+    image = rows.multiply(probe.flatten(0, 1)).view_as(probe)
+    product = probe.mT @ image
+    rounding = 16 * torch.finfo(value.dtype).eps * probe.norm(dim=(1, 2)) * image.norm(dim=(1, 2))
+    if bool(((product - product.mT).abs().amax((1, 2)) <= rounding).all()):
         return rows
-    index = torch.cat([loop, edge_index, edge_index.flip(0)], 1)
-    return _sort_rows(index, torch.cat([diagonal.flatten(), value / -2, value / -2]), size)
-
-
-def _sort_rows(index: Tensor, value: Tensor, size: int) -> Rows:
-    # What is zero goes beyond the last row.
-    row, order = torch.where(value == 0, size, index[0]).int().sort()
-    offset = torch.searchsorted(row, torch.arange(size + 1, dtype=row.dtype, device=row.device))
-    order = order[: int(offset[-1])]
-    return Rows(index[1].index_select(0, order), offset, value.index_select(0, order))
+    return build(torch.cat([edge_index, edge_index.flip(0)], 1), torch.cat([value, value]) / 2)
 
 
 class _Attach(torch.autograd.Function):
@@ -318,52 +308,54 @@ class _Attach(torch.autograd.Function):
         grad_eigval = grad_eigval.to(operator.dtype) * present
         grad_eigvec = grad_eigvec.to(operator.dtype) * present[:, None, :] * operator.mask[:, :, None]
         at = eigval.gather(1, index)
-        inside = eigvec * found[:, None, :]
         kept = torch.zeros_like(found).scatter(1, index, True) if ctx.gauge == "block" else None
-        coefficient = inside.mT @ grad_eigvec * inverse_gaps(eigval, at, kept, tolerance, damping)
-        X = U * grad_eigval[:, None, :] + inside @ coefficient
-        spare = eigvec * (~found & (eigval < 1.1 * operator.scale[:, None]))[:, None, :]
-        X = X - _solve_outside(operator, grad_eigvec, at, inside, spare, eigval, damping)
+        coefficient = eigvec.mT @ grad_eigvec * inverse_gaps(eigval, at, kept, tolerance, damping) * found[:, :, None]
+        X = U * grad_eigval[:, None, :] + eigvec @ coefficient
+        X = X - _solve_outside(operator, grad_eigvec, at, eigval, eigvec, found, damping)
         if operator.edge_index is None:
             return None, symmetric_product(X, U).to(dtype), None, None, None, None, None, None
-        source, target = operator.edge_index
         grad_diagonal = (X * U).sum(-1).to(dtype) if ctx.needs_input_grad[0] else None
-        grad_value = (torch.cat([X, U], -1).flatten(0, 1)[source] * torch.cat([U, X], -1).flatten(0, 1)[target]).sum(-1) / -2
+        grad_value = _edge_products(torch.cat([X, U], -1).flatten(0, 1), torch.cat([U, X], -1).flatten(0, 1), operator.edge_index) / -2
         return grad_diagonal, grad_value.to(dtype), None, None, None, None, None, None
 
 
-def _solve_outside(
-    operator: Operator, right: Tensor, at: Tensor, inside: Tensor, spare: Tensor, spare_eigval: Tensor, damping: Tensor
-) -> Tensor:
-    """Solves (L - at) Y = right in the complement of the vectors ``inside`` by conjugate gradients, one system a column.
+def _edge_products(X: Tensor, Y: Tensor, edge_index: Tensor) -> Tensor:
+    """Computes x_i . y_j for every edge i -> j; so many at a time that the rows stay in the cache."""
+    source, target = (index.split(2**15) for index in edge_index)
+    parts = [(X.index_select(0, i) * Y.index_select(0, j)).sum(-1) for i, j in zip(source, target, strict=True)]
+    return torch.cat(parts) if parts else X.new_zeros(0)
 
-    The complement holds larger eigenvalues only, so that the matrix is positive there. A direction whose curvature is below the damping is
-    not followed: it belongs to an eigenspace that the cut goes through.
+
+def _solve_outside(operator: Operator, right: Tensor, at: Tensor, eigval: Tensor, eigvec: Tensor, found: Tensor, damping: Tensor) -> Tensor:
+    """Solves (L - at) Y = right in the complement of the eigenvectors that were found, by conjugate gradients, one system a column.
+
+    The complement holds larger eigenvalues only, so that the matrix is positive there. The spare vectors of the block are nearly the
+    lowest of them: the preconditioner inverts the matrix on these, leaves out those that were found, and is the identity on the rest.
+    A direction whose curvature is below the damping is not followed: it belongs to an eigenspace that the cut goes through.
     """
+    usual = (operator.scale / 2)[:, None, None]  # gap of the rest; what is wrong with it costs steps, not precision
+    gap = (eigval[:, :, None] - at[:, None, :]).maximum(_columns(damping))
+    gain = torch.where(found[:, :, None], -1.0, (usual / gap - 1).clamp(min=0.0))
 
-    def project(Y: Tensor) -> Tensor:
-        return (Y - inside @ (inside.mT @ Y)) * operator.mask[:, :, None]
+    def precondition(Y: Tensor) -> Tensor:
+        return Y.baddbmm(eigvec, eigvec.mT @ Y * gain)
 
-    def multiply(Y: Tensor) -> Tensor:
-        return project(operator(Y) - at[:, None, :] * Y)
-
-    right = project(right)
-    goal = (1e-4 if operator.dtype == torch.float32 else 1e-11) ** 2 * right.square().sum(1)
-    gap = spare_eigval[:, :, None] - at[:, None, :]
-    wide = gap > _columns(damping)
-    Y = project(spare @ (spare.mT @ right * torch.where(wide, 1 / torch.where(wide, gap, 1.0), 0.0)))
-    rest = right - multiply(Y)
-    direction, energy = rest, rest.square().sum(1)
+    rest = right.baddbmm(eigvec, eigvec.mT @ right * found[:, :, None], alpha=-1)
+    goal = (1e-4 if operator.dtype == torch.float32 else 1e-11) ** 2 * rest.square().sum(1)
+    Y = torch.zeros_like(rest)
+    direction = precondition(rest)
+    energy = (rest * direction).sum(1)  # at least the square of the rest
     for step in range(_MAX_SOLVE):
-        if step % 8 == 0 and not bool((energy > goal).any()):
+        if step % 4 == 0 and not bool((energy > goal).any()):
             break
-        image = multiply(direction)
+        image = operator(direction) - at[:, None, :] * direction
         curvature = (direction * image).sum(1)
         follow = (curvature > damping[:, None] * direction.square().sum(1)) & (energy > goal)
         length = torch.where(follow, energy / torch.where(follow, curvature, 1.0), 0.0)[:, None, :]
         Y.addcmul_(direction, length)
         rest.addcmul_(image, length, value=-1)
-        previous, energy = energy, torch.where(follow, rest.square().sum(1), 0.0)
+        better = precondition(rest)
+        previous, energy = energy, torch.where(follow, (rest * better).sum(1), 0.0)
         ratio = torch.where(follow, energy / torch.where(follow, previous, 1.0), 0.0)[:, None, :]
-        direction = torch.addcmul(rest, direction, ratio)
+        direction = torch.addcmul(better, direction, ratio)
     return Y

@@ -9,7 +9,7 @@ from sklearn.neighbors import kneighbors_graph, radius_neighbors_graph
 from torch.autograd import gradcheck
 
 from gkd.graphs import AttentionEdges, CompleteEdges, GridEdges, KNNEdges, Nodes, PatchNodes, RadiusEdges, RandomEdges
-from gkd.graphs import edges as edges_module
+from gkd.graphs import nearest as nearest_module
 from gkd.graphs.similarity import CosineSimilarity, EuclideanSimilarity, squared_distances, unit_rows
 from gkd.graphs.topology import neighbors, without_diagonal
 
@@ -121,14 +121,15 @@ class TestKNN:
         assert not torch.allclose(dense(euclidean(Nodes(x)), 2, 6), dense(KNNEdges(k=2, metric="euclidean", sigma=1.0)(Nodes(x)), 2, 6))
 
     @pytest.mark.parametrize("masked", [False, True])
-    def test_some_graphs_at_a_time(self, monkeypatch, masked):
+    @pytest.mark.parametrize("most", [2 * 36, 4 * 6])  # two graphs at a time, four rows of a graph
+    def test_some_at_a_time(self, monkeypatch, masked, most):
         x = rows(5)
         mask = torch.rand(5, 6) > 0.3 if masked else None
         for metric in ("cosine", "euclidean"):
             rule = KNNEdges(k=2, metric=metric)
             expected = rule(Nodes(x, None, mask))
             with monkeypatch.context() as patch:
-                patch.setattr(edges_module, "_LARGEST_SCORES", 2 * 36)  # two graphs at a time
+                patch.setattr(nearest_module, "_MOST_SCORES", {"cpu": most})
                 edges = rule(Nodes(x, None, mask))
             assert torch.equal(edges.edge_index, expected.edge_index)
             torch.testing.assert_close(edges.edge_weight, expected.edge_weight)

@@ -8,9 +8,12 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import AddLaplacianEigenvectorPE
 
 import gkd.graphs.subspace
+from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.dense import from_dense, from_padded, to_dense
+from gkd.graphs.edges import KNNEdges
 from gkd.graphs.eigen import lowrank_eigenmaps
 from gkd.graphs.laplacian import laplacian
+from gkd.graphs.nodes import ChannelNodes
 from gkd.graphs.spectral import Spectrum, choose_method, eigengap, eigenmaps
 from gkd.graphs.testing import (
     check_batch_equals_singles,
@@ -301,6 +304,18 @@ def test_spectrum_computes_once(monkeypatch):
     assert torch.equal(spectrum.eigenmaps(2)[0], eigenmaps(graph, 2)[0])
     assert spectrum.heat_kernel([1.0, 2.0]).shape == (1, 2, 4, 4)
     assert spectrum.heat_trace([1.0, 2.0]).shape == (1, 2)
+
+
+def test_spectrum_compiles():
+    builder = GraphBuilder(ChannelNodes(), KNNEdges(k=3))
+
+    def run(features):
+        spectrum = Spectrum.of(builder(features))
+        return spectrum.heat_trace([1.0, 2.0]).sum() + (spectrum.laplacian * spectrum.adjacency).sum() + spectrum.mask.sum()
+
+    torch.compiler.reset()
+    features = torch.rand(2, 12, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(features), run(features))
 
 
 @pytest.mark.parametrize("normalization", ["sym", "rw", None])

@@ -23,12 +23,13 @@ $(RUN):
 
 $(STAMP): | $(RUN)
 	$(RUN) -m pip install --quiet --upgrade 'pip>=23.1'
-	$(RUN) -m pip install $(PIP_ARGS) --editable '.[dev,viz]'
+	$(RUN) -m pip install $(PIP_ARGS) --editable '.[detection,dev,viz]'
 	@rm -f $(ENV)/.gkd-* && touch $@
 
-quickstart: quickstart-classification ## teacher, student, KD and graph distillation on digits: a table and a report in minutes
+quickstart: setup ## detectors find digits in scenes: teacher, student, distilled student; table, report, pictures
+	$(RUN) projects/detection/quickstart.py --gin gin/quickstart_detection.gin
 
-quickstart-classification: setup
+quickstart-classification: setup ## the same in a minute with classifiers of digits: teacher, student, KD, graphs and KD
 	$(RUN) projects/classification/quickstart.py --gin gin/quickstart_classification.gin
 
 test: lint ## all checks: style, types, tests

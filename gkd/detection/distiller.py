@@ -112,8 +112,8 @@ class DetectionNetworks(Networks):
         return output.regions, output.image_size
 
     def logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal; or at all places [B * n, K] of
-        one-stage detectors, and the targets as they are."""
+        """Class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal; of one-stage detectors those
+        at all places [B * n, K], and the targets as they are."""
         assert self.teacher is not None
         if output.proposals is None:
             return self._dense_logits(output, teacher_output, targets)

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from report import write_report
 
 from gkd.config import MODULES, configure
 from gkd.engine import cli
@@ -41,6 +44,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         results = task.train(folder, config.text, resume=arguments.resume)
         if results is not None:
             fabric.print(f"Wrote {folder.path / task.backend.checkpoint_name}, {folder.student} and {folder.results}")
+            if fabric.is_global_zero and not arguments.no_report:
+                fabric.print(f"Wrote {write_report(folder, task)}")
     return results
 
 

@@ -98,7 +98,8 @@ def draw_detections(images: Any, targets: Any, found: Mapping[str, Boxes], class
     figure, panels = grid_of(len(images) * len(columns), len(columns), 2.0, 2.0)
     for place, panel in enumerate(panels):
         row, (name, boxes) = place // len(columns), list(columns.items())[place % len(columns)]
-        bare(panel).imshow(images[row].permute(1, 2, 0).cpu().numpy())
+        height, width = images[row].shape[1:]
+        bare(panel).imshow(images[row].permute(1, 2, 0).cpu().numpy(), extent=(0, width, height, 0))  # pixels from corner to corner
         if row == 0:
             panel.set_title(name)
         colour = GREEN if name == "truth" else ORANGE
@@ -124,7 +125,8 @@ def _graphs(task: Any, images: Any, targets: Any, keys: Any) -> list[str]:
     for name, (stage, term, adapted) in terms.items():
         places = distiller.networks.regions(images, targets, output, term) if isinstance(term.builder.nodes, RegionNodes) else ()
         graphs = term.graphs((matched if adapted else student)[stage].float(), teacher[stage].float(), *places)
-        drawn = draw_graph_pair(*(graph.detach().to("cpu") for graph in graphs), shown.cpu(), 3)
+        own, goal = (graph.detach().to("cpu") for graph in graphs)
+        drawn = draw_graph_pair(own, goal, shown.cpu(), 3)
         caption = f"{type(term.builder.nodes).__name__}, {type(term.builder.edges).__name__}; the wider an edge, the larger its weight."
         pictures.append(page.captioned(figure_to_svg(drawn, f"{name}/{stage}: both graphs", next(keys)), caption, f"{name}/{stage}"))
     return pictures

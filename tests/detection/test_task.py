@@ -230,6 +230,22 @@ def test_recipes_build_and_take_a_step(name, files, tmp_path):
     assert all(loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.parametrize(
+    "name", ["quickstart_detection", "detection/digit_scenes_teacher", "detection/voc_cpu", "detection/voc_cpu_teacher"]
+)
+def test_small_recipes_build_and_take_a_step(name, files, tmp_path):
+    bindings = [*SCENES, "BATCH_SIZE = 2", "STUDENT = 'resnet10'", "Trainer.device = 'cpu'", f"DetectorNetwork.options = {options('fcos')}"]
+    if not name.endswith("teacher"):
+        files("fcos")
+        bindings += ["TEACHER = 'resnet10'", "TEACHER_WEIGHTS = 'fcos.pth'"]
+    task = configure([f"gin/{name}.gin"], bindings, (*MODULES, "gkd.detection")).build("Detection")
+    task.distiller.progress(2.0)
+    losses = task.distiller(*next(task.batches("train", 2)))
+    assert all(loss.isfinite() for loss in losses.values())
+    terms = {loss.split("/")[0] for loss in losses}
+    assert terms == ({"task"} if name.endswith("teacher") else {"task", "kd", "patches", "regions", "levels"})
+
+
 def truth(*boxes, difficult=()):
     annotations = [
         {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, "difficult": int(i in difficult)}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any, Literal
 
@@ -188,49 +187,12 @@ def symmetric_product(X: Tensor, U: Tensor) -> Tensor:
 def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Is ``torch.linalg.eigh`` with a failure that says what is wrong: LAPACK only reports that it did not converge."""
     try:
-        eigval, eigvec = side_by_side(torch.linalg.eigh, matrix)
-        return eigval, eigvec
+        return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError as error:
         bad = int((~matrix.isfinite()).sum())
         if bad == 0:
             raise
         raise ValueError(f"Expected a finite Laplacian (got {bad} NaN or infinite of {matrix.numel()} values)") from error
-
-
-def side_by_side(function: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-    """Applies a decomposition to a batch of matrices, on a CPU to as many at once as torch may use threads.
-
-    LAPACK takes one after the other and lets the threads meet inside each, which for a small matrix takes longer than one thread does,
-    and very much longer where somebody else uses the CPU too. Keeps no record for autograd.
-
-    Args:
-        function: Such as ``torch.linalg.eigh``.
-        batch: The matrices.
-
-    Shapes:
-        - **batch** [B, N, M]
-
-    Examples:
-        >>> [value.shape for value in side_by_side(torch.linalg.eigh, torch.eye(3).expand(64, 3, 3))]
-        [torch.Size([64, 3]), torch.Size([64, 3, 3])]
-    """
-    if torch.compiler.is_compiling() or batch.device.type != "cpu":
-        return function(batch)
-    threads = torch.get_num_threads()
-    if threads == 1 or batch.size(0) < 4 * threads:
-        return function(batch)
-
-    def alone(part: Tensor) -> tuple[Tensor, ...]:
-        torch.set_num_threads(1)
-        with torch.no_grad():
-            return function(part)
-
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(alone, batch.detach().chunk(threads)))
-    finally:
-        torch.set_num_threads(threads)  # new threads of others would start with 1
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 def full_precision(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]:

@@ -21,7 +21,6 @@ from gkd.graphs.eigen import (
     inverse_gaps,
     keep,
     rounding,
-    side_by_side,
     symmetric_product,
 )
 from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
@@ -205,7 +204,7 @@ def _noise(num_nodes: int, size: int, like: Tensor) -> Tensor:
 
 def _rayleigh_ritz(operator: Operator, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turns a block into orthonormal Ritz vectors; returns them, their images and their values, ascending."""
-    X = side_by_side(torch.linalg.qr, X)[0]
+    X = torch.linalg.qr(X)[0]
     LX = operator(X)
     projected = X.mT @ LX
     eigval, Q = decompose((projected + projected.mT) / 2)

@@ -4,7 +4,7 @@ from torch_geometric.data import Data
 
 import gkd.graphs.subspace
 from gkd.graphs.dense import from_dense
-from gkd.graphs.eigen import decompose, exact_eigenmaps, lowrank_eigenmaps, side_by_side
+from gkd.graphs.eigen import exact_eigenmaps, lowrank_eigenmaps
 from gkd.graphs.laplacian import laplacian
 from gkd.graphs.spectral import choose_method, eigenmaps
 from gkd.graphs.subspace import subspace_eigenmaps
@@ -145,23 +145,6 @@ def test_subspace_sees_one_directed_graph_among_many():
     A[5, 3, :] *= 0.5  # rows of node 3 halved, its columns not
     eigval, _ = eigenmaps(from_dense(A), 3, method="subspace")
     torch.testing.assert_close(eigval, eigenmaps(from_dense(A), 3, method="exact")[0], rtol=1e-4, atol=1e-5)
-
-
-def test_decompositions_side_by_side():
-    matrix = torch.randn(20, 5, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
-    matrix = (matrix + matrix.mT).requires_grad_()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        eigval, eigvec = side_by_side(torch.linalg.eigh, matrix)
-        assert torch.get_num_threads() == 2
-        assert not eigvec.requires_grad
-        torch.testing.assert_close(eigvec @ torch.diag_embed(eigval) @ eigvec.mT, matrix.detach())
-        with pytest.raises(ValueError, match="Expected a finite Laplacian"):
-            decompose(torch.full((20, 5, 5), float("nan")))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_subspace_start(monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torchvision.ops import nms
 
 from gkd.engine.run import RunFolder
 from gkd.graphs import RegionNodes
@@ -19,6 +20,7 @@ from gkd.viz.style import BLUE, GREEN, ORANGE, bare, can_draw, figure_to_svg, gr
 from gkd.viz.table import Run
 
 LEAST_SCORE = 0.3  # of what is drawn
+MOST_OVERLAP = 0.6  # of boxes beside each other
 Boxes = Sequence[tuple[Any, Any]]
 """Of every image the boxes [n, 4] and their labels [n]."""
 
@@ -73,8 +75,10 @@ def write_report(folder: RunFolder, task: Any, number: int = 4) -> Path:
 
 
 def kept(found: Any) -> tuple[Any, Any]:
-    """What of the detections of an image is drawn."""
-    return found.boxes[found.scores >= LEAST_SCORE], found.labels[found.scores >= LEAST_SCORE]
+    """What of the detections of an image is drawn: where boxes of several classes lie over each other, the one of the highest score."""
+    best = nms(found.boxes, found.scores, MOST_OVERLAP)
+    best = best[found.scores[best] >= LEAST_SCORE]
+    return found.boxes[best], found.labels[best]
 
 
 @styled

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.graphs import Spectrum, StageGraph
-from gkd.losses.precision import at_least_float32, full_precision
+from gkd.graphs.precision import as_float, full_precision
 
 
 class LevelGraphLoss(nn.Module):
@@ -75,11 +75,11 @@ class LevelGraphLoss(nn.Module):
         wanted = {name: term for name, term in self.terms.items() if parts is None or name in parts}
         first = next(iter(student.values()))
         with full_precision(first):
-            own = {stage: at_least_float32(features) for stage, features in student.items()}
+            own = {stage: as_float(features) for stage, features in student.items()}
             if first.numel() == 0:
-                return dict.fromkeys(wanted, 0 * at_least_float32(first).sum())
+                return dict.fromkeys(wanted, 0 * as_float(first).sum())
             with torch.no_grad():
-                goal = self.builder({stage: at_least_float32(features.detach()) for stage, features in teacher.items()})
+                goal = self.builder({stage: as_float(features.detach()) for stage, features in teacher.items()})
             graph = self.builder(own, edge_index=goal if self.topology == "teacher" else None)
             views = Spectrum(graph), Spectrum(goal)
             return {name: term(*views) for name, term in wanted.items()}

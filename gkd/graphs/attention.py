@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from gkd.graphs.nodes import Nodes
-from gkd.graphs.similarity import take_edges, without_autocast
+from gkd.graphs.precision import full_precision
+from gkd.graphs.similarity import take_edges
 from gkd.graphs.topology import (
     Edges,
     bipartite_index,
@@ -79,7 +80,7 @@ class AttentionEdges(nn.Module):
             nodes: The nodes of B graphs.
             edge_index: Edges in padded numbering (b * n + i) whose weights are asked for.
         """
-        with without_autocast(nodes.x):
+        with full_precision(nodes.x):
             x = checked_rows(nodes)
             batch_size, num_nodes, _ = x.shape
             itself = torch.eye(num_nodes, dtype=torch.bool, device=x.device)
@@ -109,7 +110,7 @@ class AttentionEdges(nn.Module):
             sources: Nodes that are attended to, numbered b * m + j.
             edge_index: Edges (source, target) whose weights are asked for, instead of choosing; negative ones are no edges.
         """
-        with without_autocast(targets.x):
+        with full_precision(targets.x):
             x, y = checked_rows(targets), checked_rows(sources)
             batch_size, num_targets, num_sources = x.shape[0], x.shape[1], y.shape[1]
             if x.shape[2] != y.shape[2]:

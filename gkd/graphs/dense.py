@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from gkd.graphs.precision import as_float
+
 
 class Layout(NamedTuple):
     """Where the nodes of a batch of graphs lie in padded tensors ``[num_graphs, num_nodes, ...]``."""
@@ -253,11 +255,6 @@ def padded_edges(graph: Data) -> tuple[Tensor, Tensor, Tensor]:
     if edge_weight.dim() == 2 and edge_weight.size(1) == 1:
         edge_weight = edge_weight[:, 0]
     return edge_index, as_float(edge_weight), mask
-
-
-def as_float(value: Tensor) -> Tensor:
-    """Returns float64 as it is and everything else, half precision above all, as float32: the dtypes that spectra are computed in."""
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def check_adjacency(A: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from gkd.graphs.nearest import nearest
 from gkd.graphs.nodes import Nodes
-from gkd.graphs.similarity import Metric, build_similarity, take_edges, unit_rows, without_autocast
+from gkd.graphs.precision import full_precision
+from gkd.graphs.similarity import Metric, build_similarity, take_edges, unit_rows
 from gkd.graphs.topology import (
     Edges,
     Symmetrize,
@@ -52,7 +53,7 @@ class SimilarityEdges(nn.Module):
         Gradient:
             Through the weights to ``nodes.x``; the choice of edges has none.
         """
-        with without_autocast(nodes.x):
+        with full_precision(nodes.x):
             x = self.rows(nodes)
             return self.own_edges(x, nodes) if edge_index is None else self.given_edges(x, nodes, edge_index)
 
@@ -175,7 +176,7 @@ class KNNEdges(NeighborEdges):
             sources: Nodes to choose from, numbered b * m + j.
             edge_index: Edges (source, target) whose weights are asked for, instead of choosing; negative ones are no edges.
         """
-        with without_autocast(targets.x):
+        with full_precision(targets.x):
             x, y = checked_rows(targets), checked_rows(sources)
             batch_size, num_targets, num_sources = x.shape[0], x.shape[1], y.shape[1]
             if edge_index is not None:

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gkd.graphs.dense import as_float, check_adjacency
+from gkd.graphs.dense import check_adjacency
 from gkd.graphs.laplacian import check_finite, connected, inverse_sqrt
+from gkd.graphs.precision import as_float, backward_in_full_precision, full_precision
 
 Gauge = Literal["eigenspace", "block"]
 
@@ -53,7 +52,7 @@ def exact_eigenmaps(
     check_finite(L, "Laplacian")
     if not symmetric:
         L = (L + L.mT) / 2
-    with torch.autocast(L.device.type, enabled=False):
+    with full_precision(L):
         return _Exact.apply(L, exists.sum(1), mask, num_eig, drop_trivial, gauge, damping)
 
 
@@ -105,7 +104,7 @@ def lowrank_eigenmaps(
     mask = _partial(mask)
     factor = factor if mask is None else factor.masked_fill(~mask[:, :, None], 0.0)
     check_finite(factor, "factor")
-    with torch.autocast(factor.device.type, enabled=False):
+    with full_precision(factor):
         degree = (factor * factor.sum(1, keepdim=True)).sum(-1)
         reached = connected(degree)
         isolated = ~reached if mask is None else ~reached & mask
@@ -195,17 +194,6 @@ def decompose(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"Expected a finite Laplacian (got {bad} NaN or infinite of {matrix.numel()} values)") from error
 
 
-def full_precision(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[[Any, Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """Switches autocast off in a backward pass too, which runs under it when ``backward()`` is called there."""
-
-    @wraps(backward)
-    def run(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_eigval.device.type, enabled=False):
-            return backward(ctx, grad_eigval, grad_eigvec)
-
-    return run
-
-
 class _Exact(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -236,7 +224,7 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @full_precision
+    @backward_in_full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
         eigval, W, U, index, present, tolerance, damping = ctx.saved_tensors
         grad_eigval = grad_eigval * present
@@ -283,7 +271,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @full_precision
+    @backward_in_full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
         # L = I - G G^T has the eigenvectors W = G V of the range, and everything orthogonal to them with eigenvalue 1. Its gradient is
         # the symmetric part of X U^T, as for the exact method, so that of G is -(X U^T + U X^T) G. W itself is never formed.

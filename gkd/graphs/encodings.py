@@ -12,6 +12,7 @@ from torch_geometric.transforms import BaseTransform
 from gkd.graphs.dense import from_padded, to_dense
 from gkd.graphs.heat import as_times, heat_kernel, heat_kernel_signature
 from gkd.graphs.laplacian import Normalization, connected, laplacian
+from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Method, eigenmaps
 
 Sign = Literal["random", "abs"] | None
@@ -256,7 +257,7 @@ def return_probabilities(A: Tensor, walk_length: int) -> Tensor:
     step = A / degree.where(connected(degree), torch.ones_like(degree))
     back = [step.diagonal(dim1=1, dim2=2)]
     walk = shorter = step
-    with torch.autocast(A.device.type, enabled=False):
+    with full_precision(A):
         for length in range(2, walk_length + 1):
             # The diagonal of P^(a+b) needs P^a and P^b alone: half of the products.
             if length % 2 == 0:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gkd.graphs.dense import as_float, check_adjacency
+from gkd.graphs.dense import check_adjacency
 from gkd.graphs.laplacian import check_finite
+from gkd.graphs.precision import as_float, full_precision
 
 Times = float | Sequence[float] | Tensor
 
@@ -65,7 +66,7 @@ def heat_kernel(L: Tensor, times: Times, mask: Tensor | None = None, bound: floa
         largest = float(L.detach().diagonal(dim1=1, dim2=2).max())
         if largest > bound * (1 + 1e-4):
             raise ValueError(f"Expected 'bound' to exceed every eigenvalue (got {bound}, and a diagonal entry of {largest:.4g})")
-    with torch.autocast(L.device.type, enabled=False):
+    with full_precision(L):
         return _exponentials(L, values, bound).masked_fill(~exists[:, None], 0.0)
 
 
@@ -150,7 +151,7 @@ def heat_kernel_signature(eigval: Tensor, eigvec: Tensor, times: Times) -> Tenso
         times = times[None]
     if times.dim() != 1:
         raise ValueError(f"Expected 'times' of shape [num_times] (got {list(times.shape)})")
-    with torch.autocast(eigval.device.type, enabled=False):
+    with full_precision(eigval):
         return eigvec.square() @ (-eigval[:, :, None] * times).exp()
 
 

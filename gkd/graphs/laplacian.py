@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import as_float, check_adjacency, layout, padded_edges, scatter_edges, to_dense
+from gkd.graphs.dense import check_adjacency, layout, padded_edges, scatter_edges, to_dense
+from gkd.graphs.precision import as_float
 
 Normalization = Literal["sym", "rw"] | None
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkd.graphs.similarity import full_precision
+from gkd.graphs.precision import as_float
 
 
 class Nodes(NamedTuple):
@@ -185,7 +185,7 @@ class RegionNodes(nn.Module):
         slot = torch.arange(sum(counts)) + (image * size - (sizes.cumsum(0) - sizes)[image])
         image, slot = image.to(features.device), slot.to(features.device)
         corners = torch.cat(list(boxes)) if boxes else features.new_zeros(0, 4)
-        corners = full_precision(corners.detach().to(features.device))
+        corners = as_float(corners.detach().to(features.device))
         if not torch.compiler.is_compiling():
             _check_boxes(corners, counts)
 
@@ -234,7 +234,7 @@ def check_features(features: Tensor, ranks: tuple[int, ...], shape: str) -> Tens
         raise ValueError(f"Expected floating-point features (got {features.dtype})")
     if math.prod(features.shape[2:]) == 0 or (features.dim() == 2 and features.shape[1] == 0):
         raise ValueError(f"Expected features of shape {shape} with at least one value a row (got {list(features.shape)})")
-    features = full_precision(features)
+    features = as_float(features)
     # One sum is cheaper than isfinite over everything and is not finite if a value is not; the reverse may be overflow.
     if not torch.compiler.is_compiling() and features.device.type == "cpu" and not math.isfinite(features.detach().sum().item()):
         broken = int((~features.detach().isfinite()).sum())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from gkd.graphs.precision import full_precision
+
 
 class Rows(NamedTuple):
     """The entries of a sparse matrix, row by row; those of one place add up."""
@@ -77,7 +79,7 @@ class _NeighborProducts(torch.autograd.Function):
         if source.numel() == 0:
             return torch.zeros_like(x), torch.zeros_like(y), None, None
         number = source + torch.arange(batch_size, device=source.device)[:, None, None] * num_choices
-        with torch.autocast(grad.device.type, enabled=False):
+        with full_precision(grad):
             weight = grad.reshape(-1, k)
             grad_x = embedding_bag(number.view(-1, k), y.flatten(0, 1), mode="sum", per_sample_weights=weight).view_as(x)
             node = torch.arange(batch_size * num_rows, device=source.device).repeat_interleave(k)

@@ -12,16 +12,6 @@ Metric = Literal["cosine", "euclidean"]
 _SMALLEST_SQUARED_NORM = 1e-24
 
 
-def full_precision(x: Tensor) -> Tensor:
-    """Casts half precision to float32 and leaves float32 and float64 as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def without_autocast(x: Tensor) -> torch.autocast:
-    """Context in which products stay in the precision of their operands."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def unit_rows(x: Tensor) -> Tensor:
     r"""Divides every row by its Euclidean norm; a zero row stays zero.
 

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import as_float, check_adjacency
+from gkd.graphs.dense import check_adjacency
 from gkd.graphs.eigen import (
     Gauge,
     check_options,
     damping_of,
     decompose,
     exact_eigenmaps,
-    full_precision,
     inverse_gaps,
     keep,
     rounding,
     symmetric_product,
 )
 from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
+from gkd.graphs.precision import as_float, backward_in_full_precision, full_precision
 from gkd.graphs.rows import Rows, sort_rows
 
 _SPARE = 8  # vectors beyond the wanted ones; they set the pace of convergence
@@ -104,13 +104,13 @@ def subspace_eigenmaps(
     num_graphs, num_nodes = mask.shape
     if mask.numel() == 0:
         return value.new_zeros(num_graphs, num_eig), value.new_zeros(num_graphs, num_nodes, num_eig)
-    with torch.autocast(value.device.type, enabled=False), torch.no_grad():
+    with full_precision(value), torch.no_grad():
         operator = Operator(diagonal.detach(), value.detach(), edge_index, mask)
         block = _iterate(operator, num_eig, init, tolerance, max_iter)
     if block is None:
         L = value if edge_index is None else sparse.to_dense()
         return exact_eigenmaps(L, num_eig, mask, drop_trivial, gauge, damping, symmetric=True)
-    with torch.autocast(value.device.type, enabled=False):
+    with full_precision(value):
         return _Attach.apply(diagonal, value, operator, block, num_eig, drop_trivial, gauge, damping)
 
 
@@ -300,7 +300,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @full_precision
+    @backward_in_full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
         eigval, eigvec, U, index, present, found, tolerance = ctx.saved_tensors
         operator, damping, dtype = ctx.operator, ctx.damping, grad_eigvec.dtype

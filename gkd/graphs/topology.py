@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gkd.graphs.nodes import Nodes
-from gkd.graphs.similarity import full_precision
+from gkd.graphs.precision import as_float
 
 Symmetrize = Literal["union", "mutual"]
 
@@ -168,7 +168,7 @@ def checked_rows(nodes: Nodes) -> Tensor:
         raise ValueError(f"Expected nodes.x of shape [B, n, d] (got {list(x.shape)})")
     if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(f"Expected nodes.mask of shape {list(x.shape[:2])} and type torch.bool (got {list(mask.shape)}, {mask.dtype})")
-    x = full_precision(x)
+    x = as_float(x)
     return x if mask is None else torch.where(mask[:, :, None], x, 0.0)
 
 

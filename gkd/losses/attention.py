@@ -5,7 +5,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from gkd.losses.precision import at_least_float32
+from gkd.graphs.precision import as_float
 
 
 def node_attention(x: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def node_attention(x: Tensor, temperature: float, mask: Tensor | None = None) ->
         tensor([[1., 1., 1.]])
     """
     size = x.size(-1)
-    magnitude = at_least_float32(x.detach()).abs().sum(dim=-1) / max(size, 1)
+    magnitude = as_float(x.detach()).abs().sum(dim=-1) / max(size, 1)
     return _softmax_of_mean_one(magnitude, temperature, mask)
 
 
@@ -55,7 +55,7 @@ def feature_attention(x: Tensor, temperature: float, mask: Tensor | None = None)
     Raises:
         ValueError: If ``temperature`` is not positive.
     """
-    magnitude = at_least_float32(x.detach()).abs()
+    magnitude = as_float(x.detach()).abs()
     if mask is None:
         magnitude = magnitude.sum(dim=1) / max(x.size(1), 1)
     else:

@@ -9,9 +9,9 @@ from torch_geometric.nn import TAGConv
 
 from gkd.graphs.edges import KNNEdges
 from gkd.graphs.nodes import InstanceNodes
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.losses.inputs import check_batch, check_same_shape, in_full_precision, pool
-from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = ["CRDLoss", "HKDLoss", "crd_loss", "info_nce_loss", "sample_negatives"]
 
@@ -183,7 +183,7 @@ class CRDLoss(nn.Module):
         own = self.student_embedding(pool(student))
         other = self.teacher_embedding(pool(teacher.detach()))
         with full_precision(own):
-            own, other = unit_rows(at_least_float32(own)), unit_rows(at_least_float32(other))
+            own, other = unit_rows(as_float(own)), unit_rows(as_float(other))
             negatives, counts = sample_negatives(self.num_samples, self.num_negatives, index, self.targets)
             memories = self.get_buffer("student_memory"), self.get_buffer("teacher_memory")
             loss = self._contrast(0, own, memories[1], index, negatives, counts) + self._contrast(
@@ -262,5 +262,5 @@ class HKDLoss(nn.Module):
         embedding = network["embedding"](features)  # type: ignore[index]
         with full_precision(features):
             edges = self.edges(self.nodes(features.detach()))
-            embedding = unit_rows(at_least_float32(embedding))
+            embedding = unit_rows(as_float(embedding))
             return embedding, network["conv"](embedding, edges.edge_index, edges.edge_weight)  # type: ignore[index]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkd.graphs.precision import as_float
 from gkd.losses.inputs import check_maps, check_same_shape, in_full_precision
-from gkd.losses.precision import at_least_float32
 
 __all__ = ["CWDLoss", "DenseKDLoss", "MGDLoss", "PKDLoss", "cwd_loss", "dense_kd_loss", "pkd_loss"]
 
@@ -206,4 +206,4 @@ class MGDLoss(nn.Module):
         shape = (*aligned.shape[:2], 1, 1) if self.mask_channels else (len(aligned), 1, *aligned.shape[2:])
         kept = torch.rand(shape, device=aligned.device) >= self.mask_ratio
         generated = self.generation(aligned * kept)
-        return (at_least_float32(generated) - at_least_float32(teacher.detach())).square().sum() / len(student)
+        return (as_float(generated) - as_float(teacher.detach())).square().sum() / len(student)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
 from gkd.graphs.dense import from_padded, to_padded
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.attention import check_temperature, guides, node_attention
 from gkd.losses.matching import check_matched, mean_over_graphs
-from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = ["EdgeLoss", "adjacency_loss", "edge_loss"]
 
@@ -65,7 +65,7 @@ def edge_loss(
             f"Expected one weight for each of {edge_index.size(1)} edges (got student {list(student.shape)}, teacher {list(teacher.shape)})"
         )
     _check_options(distance, temperature)
-    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    student, teacher = as_float(student), as_float(teacher.detach())
     source, target = edge_index
     num_graphs = mask.size(0)
     num_nodes = mask.numel() if batch is None else batch.numel()
@@ -121,7 +121,7 @@ def adjacency_loss(
             f"Expected adjacencies [B, n, n] of {list(mask.shape)} nodes (got student {list(student.shape)}, teacher {list(teacher.shape)})"
         )
     _check_options(distance, temperature)
-    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+    student, teacher = as_float(student), as_float(teacher.detach())
     if distance != "kl":
         values = _difference(student, teacher, distance)
         values = values if node_weight is None else values * node_weight.unsqueeze(1) * node_weight.unsqueeze(2)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.dense import to_padded
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.matching import check_matched
-from gkd.losses.precision import at_least_float32, full_precision
 from gkd.losses.vertices import vertex_loss
 
 __all__ = ["EncodingLoss", "encoding_loss"]
@@ -81,7 +81,7 @@ def encoding_loss(
             f"Expected equal encodings [B, n, t] in student and teacher (got student {list(student.shape)}, teacher {list(teacher.shape)})"
         )
     with full_precision(student):
-        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+        student, teacher = as_float(student), as_float(teacher.detach())
         if mask is None:
             mask = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device)
         student, teacher = (x.where(mask.unsqueeze(-1), 0.0) for x in (student, teacher))

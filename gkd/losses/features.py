@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.losses.inputs import check_maps, check_same_shape, gram, in_full_precision, match_size, sum_of_squares
-from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = [
     "ATLoss",
@@ -72,7 +72,7 @@ def at_loss(student: Tensor, teacher: Tensor, power: float = 2.0) -> Tensor:
 
 
 def _attention(features: Tensor, power: float) -> Tensor:
-    powers = sum_of_squares(features) if power == 2 else at_least_float32(features).abs().pow(power).sum(1)
+    powers = sum_of_squares(features) if power == 2 else as_float(features).abs().pow(power).sum(1)
     return unit_rows(powers.flatten(1) / features.shape[1])
 
 

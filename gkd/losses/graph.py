@@ -9,8 +9,8 @@ from torch_geometric.data import Batch
 
 from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.nodes import ChannelNodes, RegionNodes
+from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
-from gkd.losses.precision import full_precision
 
 __all__ = ["GraphLoss"]
 

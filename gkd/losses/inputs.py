@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkd.losses.precision import at_least_float32, full_precision
+from gkd.graphs.precision import as_float, full_precision
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _lift(value: Any) -> Any:
-    return at_least_float32(value) if isinstance(value, Tensor) else value
+    return as_float(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
@@ -73,7 +73,7 @@ class _SumOfSquares(torch.autograd.Function):
         ctx.save_for_backward(x)
         if x.is_contiguous(memory_format=torch.channels_last):
             return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).square()
-        return at_least_float32(x).square().sum(1)
+        return as_float(x).square().sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

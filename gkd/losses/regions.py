@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gkd.graphs.nodes import RegionNodes
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.losses.inputs import check_maps, check_same_shape, gram, in_full_precision
-from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = ["DsigLoss", "FGDLoss", "GlobalContext", "fgd_focal_loss", "foreground_mask", "instance_graph_loss"]
 
@@ -218,7 +218,7 @@ class FGDLoss(nn.Module):
         foreground = foreground_mask([box.to(student.device) for box in boxes], image_size, (student.shape[2], student.shape[3]))
         focal = fgd_focal_loss(student, teacher, foreground, self.temperature, *self.weights)
         own, goal = self.contexts[0](student), self.contexts[1](teacher)
-        return focal + self.global_weight * (at_least_float32(own) - at_least_float32(goal)).square().sum() / len(student)
+        return focal + self.global_weight * (as_float(own) - as_float(goal)).square().sum() / len(student)
 
 
 class DsigLoss(nn.Module):
@@ -268,7 +268,7 @@ class DsigLoss(nn.Module):
         if boxes is None or image_size is None or len(boxes) != len(student):
             raise ValueError(f"Expected boxes of {len(student)} images and an image_size (got {_count(boxes)} and {image_size})")
         if not any(len(box) for box in boxes):
-            return 0 * at_least_float32(student).sum()
+            return 0 * as_float(student).sum()
         with full_precision(student):
             own = self.nodes(student, boxes, image_size)
             with torch.no_grad():

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.losses.inputs import check_batch, check_maps, gram, in_full_precision, pool, vectors
-from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = [
     "CCLoss",
@@ -252,7 +252,7 @@ def irg_loss(
 
 def _irg(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Edges [S + 1, B, B] and transformations [S - 1, B]."""
-    features = [at_least_float32(x) for x in features]
+    features = [as_float(x) for x in features]
     distances = torch.stack([squared_distances(vectors(x), eps=1e-12) for x in (*features, pool(features[-1]))])
     moves = [_moves(x, y) for x, y in itertools.pairwise(features)]
     relative = [move / move.max() for move in moves]
@@ -293,7 +293,7 @@ class RKDLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss of one stage."""
-        student, teacher = pool(at_least_float32(student)), pool(at_least_float32(teacher))
+        student, teacher = pool(as_float(student)), pool(as_float(teacher))
         loss = self.distance_weight * rkd_distance_loss(student, teacher)
         return loss + self.angle_weight * rkd_angle_loss(student, teacher) if self.angle_weight else loss
 
@@ -338,7 +338,7 @@ class PKTLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss of one stage."""
-        return pkt_loss(pool(at_least_float32(student)), pool(at_least_float32(teacher)))
+        return pkt_loss(pool(as_float(student)), pool(as_float(teacher)))
 
 
 class ICKDLoss(nn.Module):

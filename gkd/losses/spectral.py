@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.laplacian import connected, inverse_sqrt
+from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.matching import cheap_factor, check_matched, mean_over_graphs, mean_over_nodes
-from gkd.losses.precision import full_precision
 
 __all__ = ["SpectralLoss", "heat_loss", "projector_loss", "residual_loss", "spectrum_loss"]
 

@@ -9,11 +9,11 @@ from torch_geometric.data import Batch
 from gkd.graphs.dense import to_padded
 from gkd.graphs.laplacian import connected
 from gkd.graphs.message import RelationalConv
+from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.attention import check_temperature, feature_attention, guides, node_attention
 from gkd.losses.matching import cheap_factor, check_matched, mean_over_nodes
-from gkd.losses.precision import at_least_float32, full_precision
 
 __all__ = ["MessageLoss", "VertexLoss", "vertex_loss"]
 
@@ -110,7 +110,7 @@ def vertex_loss(
     if distance not in DISTANCES:
         raise ValueError(f"Expected 'distance' to be one of {', '.join(DISTANCES)} (got '{distance}')")
     with full_precision(student):
-        student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
+        student, teacher = as_float(student), as_float(teacher.detach())
         mask = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask
         values = DISTANCES[distance](student, teacher, mask, feature_weight)
         return mean_over_nodes(values if node_weight is None else values * node_weight, mask)
@@ -203,10 +203,10 @@ class MessageLoss(nn.Module):
 
     def _messages(self, spectrum: Spectrum) -> Tensor:
         graph, conv = spectrum.graph, self.conv
-        x, weight = at_least_float32(graph.x), graph.get("edge_weight")
+        x, weight = as_float(graph.x), graph.get("edge_weight")
         if isinstance(conv, RelationalConv) and conv.relation == "feature" and spectrum.mask.size(1) <= LARGEST_DENSE:
             return _dense_messages(spectrum, to_padded(x, graph), conv)
-        return to_padded(conv(x, graph.edge_index, None if weight is None else at_least_float32(weight)), graph)
+        return to_padded(conv(x, graph.edge_index, None if weight is None else as_float(weight)), graph)
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""

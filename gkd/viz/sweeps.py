@@ -104,26 +104,34 @@ def draw_cost_accuracy(comparison: Comparison) -> Figure:
     Args:
         comparison: The table of the methods.
     """
-    figure, (panel,) = grid_of(1, 1, 6.4, 3.6)
+    from matplotlib.ticker import LogLocator
+
     points = [
         (row.step_ms.mean, row.last.mean, row.last.std, row.method, number)
         for number, row in enumerate(comparison.rows)
         if row.step_ms is not None and row.last is not None
     ]
+    figure, (panel,) = grid_of(1, 1, 7.4, max(3.6, 0.24 * len(points)))
     front: list[tuple[float, float, float, str, int]] = []
     for point in sorted(points, key=lambda point: (point[0], -point[1])):
         if not front or point[1] > front[-1][1]:
             front.append(point)
     panel.plot([point[0] for point in front], [point[1] for point in front], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)), zorder=1)
-    above = False
-    for x, y, std, method, number in sorted(points):
+    # Names stand in a column beside the picture, the best on top, where they cannot lie over each other.
+    for place, (x, y, std, method, number) in enumerate(sorted(points, key=lambda point: -point[1])):
         color = SERIES[number % len(SERIES)]
-        panel.errorbar(x, y, yerr=0.0 if math.isnan(std) else std, color=color, fmt="o", markersize=6, capsize=2.5, linewidth=1.2)
-        panel.annotate(method, (x, y), (6, 5 if above else -11), textcoords="offset points", fontsize=8, color=INK)
-        above = not above
+        panel.errorbar(x, y, yerr=0.0 if math.isnan(std) else std, color=color, fmt="o", markersize=6, capsize=2.5, linewidth=0.9)
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
+        at = (1.06, 1 - (place + 0.5) / len(points))
+        panel.annotate(method, (x, y), at, textcoords="axes fraction", va="center", fontsize=8, color=INK, arrowprops=line)
     if not points:
         panel.text(0.5, 0.5, "no run tells its cost", transform=panel.transAxes, ha="center", color=MUTED)
-    panel.margins(x=0.16)
+    elif max(point[0] for point in points) > 5 * min(point[0] for point in points) > 0:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_minor_formatter("")
+    panel.margins(x=0.08)
     panel.set_xlabel("milliseconds a step")
     panel.set_title({"top1": "top-1 in per cent"}.get(comparison.metric, comparison.metric))
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import platform
@@ -17,6 +18,9 @@ import torch
 import torch_geometric
 
 Run = Callable[[], Any]
+
+_REST = 0.1  # seconds before a turn: the BLAS threads of the one before, SciPy's for instance, spin that long while they wait for more
+_TURN = 0.2  # seconds that a turn lasts at least
 
 
 def timed(run: Run, device: str) -> float:
@@ -34,14 +38,29 @@ def timed(run: Run, device: str) -> float:
 
 
 def time_in_turns(runs: Mapping[str, Run], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each after one warm-up; taking turns, so that whatever slows the machine slows all."""
+    """Median seconds of each after one warm-up; taking turns, so that whatever slows the machine slows all.
+
+    Short runs are repeated in a turn, all of which count: one alone would measure how fast the cores wake up.
+    """
+    keep_memory()
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            seconds[name].append(timed(run, device))
+            time.sleep(_REST)
+            end = time.perf_counter() + _TURN
+            while time.perf_counter() < end:
+                seconds[name].append(timed(run, device))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def keep_memory() -> None:
+    """Lets glibc keep what is freed, as other allocators do: what the kernel takes to hand out pages anew differs by machine and moment."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            mallopt(parameter, value)
 
 
 def peak_memory(run: Run, device: str) -> float:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.data import Batch
+from torch_geometric.data import Batch, Data
 
 from gkd.graphs.dense import to_padded
 from gkd.graphs.precision import as_float, full_precision
@@ -111,13 +111,14 @@ def _check_options(distance: str, alignment: str) -> None:
 
 
 class EncodingLoss(nn.Module):
-    """Compares the positional encodings ``pe`` of matched nodes, see :func:`encoding_loss`.
+    """Compares the positional encodings of matched nodes, see :func:`encoding_loss`.
 
-    The graphs' builder must make them: ``GraphBuilder(..., encoding=HeatKernelEncoding())``. An encoding is made of edge weights alone, so
-    the widths of the two networks may differ. ``'signature'`` of :class:`SpectralLoss` compares the same heat without an encoding, by its
-    plain square.
+    An encoding is made of edge weights alone, so the widths of the two networks may differ. ``'signature'`` of :class:`SpectralLoss`
+    compares the same heat as :class:`~gkd.graphs.HeatKernelEncoding`, by its plain square.
 
     Args:
+        encoding: Makes the encodings of both graphs, when the loss is computed; None takes ``pe``, which the graphs have of their
+            builder: ``GraphBuilder(..., encoding=HeatKernelEncoding())``.
         distance: 'standardized', 'cosine' or 'mse'.
         alignment: 'sign', or 'rotation' for eigenvectors whose order or basis is not to count.
 
@@ -129,9 +130,9 @@ class EncodingLoss(nn.Module):
 
     Examples:
         >>> from gkd.graphs import ChannelNodes, GraphBuilder, HeatKernelEncoding, KNNEdges
-        >>> builder = GraphBuilder(ChannelNodes(), KNNEdges(k=2), encoding=HeatKernelEncoding())
+        >>> builder = GraphBuilder(ChannelNodes(), KNNEdges(k=2))
         >>> features = torch.rand(2, 8, 4, 4)
-        >>> EncodingLoss()(builder(features), builder(2 * features)).round(decimals=3)
+        >>> EncodingLoss(HeatKernelEncoding())(builder(features), builder(2 * features)).round(decimals=3)
         tensor(0.)
     """
 
@@ -139,10 +140,14 @@ class EncodingLoss(nn.Module):
     matched_features = False
 
     def __init__(
-        self, distance: Literal["standardized", "cosine", "mse"] = "standardized", alignment: Literal["sign", "rotation"] = "sign"
+        self,
+        encoding: nn.Module | None = None,
+        distance: Literal["standardized", "cosine", "mse"] = "standardized",
+        alignment: Literal["sign", "rotation"] = "sign",
     ) -> None:
         super().__init__()
         _check_options(distance, alignment)
+        self.encoding = encoding
         self.distance = distance
         self.alignment = alignment
 
@@ -150,15 +155,17 @@ class EncodingLoss(nn.Module):
         """Returns the loss of two batches of graphs."""
         student, teacher = Spectrum.of(student), Spectrum.of(teacher)
         check_matched(student.mask, teacher.mask)
-        return encoding_loss(_encoding(student), _encoding(teacher), student.mask, self.distance, self.alignment)
+        own = self._encode(student.graph)
+        with torch.no_grad():
+            other = self._encode(teacher.graph)
+        return encoding_loss(own, other, student.mask, self.distance, self.alignment)
+
+    def _encode(self, graph: Data) -> Tensor:
+        pe = graph.get("pe") if self.encoding is None else self.encoding(graph)
+        if pe is None:
+            raise ValueError(f"Expected graphs with encodings 'pe' (got {graph}): give EncodingLoss or their GraphBuilder an encoding")
+        return to_padded(pe, graph)
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
         return f"distance={self.distance!r}, alignment={self.alignment!r}"
-
-
-def _encoding(spectrum: Spectrum) -> Tensor:
-    pe = spectrum.graph.get("pe")
-    if pe is None:
-        raise ValueError(f"Expected graphs with encodings 'pe' (got {spectrum.graph}): give their GraphBuilder an encoding")
-    return to_padded(pe, spectrum.graph)

@@ -95,8 +95,8 @@ def test_encodings_without_signs_stay_as_they_are(name):
     builder = GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=ENCODINGS[name])
     own, other = builder(maps(0)), builder(maps(1))
     assert own.pe.min() >= 0
-    torch.testing.assert_close(EncodingLoss("mse")(own, other), (own.pe - other.pe).square().mean())
-    assert EncodingLoss("mse")(own, other) > 0
+    torch.testing.assert_close(EncodingLoss(distance="mse")(own, other), (own.pe - other.pe).square().mean())
+    assert EncodingLoss(distance="mse")(own, other) > 0
 
 
 @pytest.mark.parametrize(("distance", "alignment"), OPTIONS)
@@ -129,12 +129,24 @@ def test_in_a_graph_loss(name, nodes):
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize("name", ["heat", "walk", "absolute"])
+def test_the_loss_encodes_by_itself(name):
+    plain, encoded = (GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=encoding) for encoding in (None, ENCODINGS[name]))
+    student, teacher = maps(0).requires_grad_(), maps(1).requires_grad_()
+    value, expected = (
+        EncodingLoss(encoding)(builder(student), builder(teacher)) for encoding, builder in ((ENCODINGS[name], plain), (None, encoded))
+    )
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (value, expected)))
+    assert torch.autograd.grad(EncodingLoss(ENCODINGS[name])(plain(student), plain(teacher)), teacher, allow_unused=True) == (None,)
+
+
 def test_random_signs_do_not_matter():
     builder = GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=LaplacianEncoding(num_eig=3))
     own, other = [builder(maps(seed)) for seed in (0, 0, 0, 0)], builder(maps(1))
     assert len({str(graph.pe.sign().tolist()) for graph in own}) > 1
     for alignment, distance in (("sign", "standardized"), ("rotation", "mse")):
-        values = torch.stack([EncodingLoss(distance, alignment)(graph, other) for graph in own])
+        values = torch.stack([EncodingLoss(None, distance, alignment)(graph, other) for graph in own])
         torch.testing.assert_close(values, values[:1].expand(4))
 
 
@@ -147,15 +159,16 @@ def test_signature_is_the_plain_square():
     """What the table of SpectralLoss calls 'signature', by the other way."""
     builder = GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=HeatKernelEncoding(times=(1.0, 2.0, 4.0)))
     own, other = builder(maps(0)), builder(maps(1))
-    torch.testing.assert_close(EncodingLoss("mse")(own, other), SpectralLoss("heat", kernel="signature")(own, other), rtol=1e-4, atol=1e-7)
+    value = EncodingLoss(distance="mse")(own, other)
+    torch.testing.assert_close(value, SpectralLoss("heat", kernel="signature")(own, other), rtol=1e-4, atol=1e-7)
 
 
 def test_ragged_graphs():
     encode = AddEncoding(HeatKernelEncoding())
     graphs = [encode(graph) for graph in fixture_graphs().values() if graph.num_nodes > 1]
     others = [encode(graph.__class__(edge_index=graph.edge_index.flip(1), num_nodes=graph.num_nodes)) for graph in graphs]
-    singles = [EncodingLoss("mse")(a, b) for a, b in zip(graphs, others, strict=True)]
-    value = EncodingLoss("mse")(Batch.from_data_list(graphs), Batch.from_data_list(others))
+    singles = [EncodingLoss(distance="mse")(a, b) for a, b in zip(graphs, others, strict=True)]
+    value = EncodingLoss(distance="mse")(Batch.from_data_list(graphs), Batch.from_data_list(others))
     assert value > 0
     torch.testing.assert_close(value, torch.stack(singles).mean())
 
@@ -166,7 +179,7 @@ def test_finite_gradient_at_degenerate_maps(name, distance, alignment):
     features = fixture_features()
     for nodes in (PatchNodes(), ChannelNodes()):
         builder = GraphBuilder(nodes, KNNEdges(k=2), encoding=ENCODINGS[name])
-        loss = GraphLoss(builder, {"encoding": EncodingLoss(distance, alignment)})
+        loss = GraphLoss(builder, {"encoding": EncodingLoss(None, distance, alignment)})
         for student in features.values():
             student = student.clone().requires_grad_()
             value = loss(student, features["signed"])["encoding"]
@@ -192,7 +205,7 @@ def test_mistakes():
         EncodingLoss(alignment="none")
     with pytest.raises(ValueError, match=r"Expected distance 'cosine' or 'mse' with alignment='rotation'"):
         EncodingLoss(alignment="rotation")
-    with pytest.raises(ValueError, match=r"Expected graphs with encodings 'pe' .*give their GraphBuilder an encoding"):
+    with pytest.raises(ValueError, match=r"Expected graphs with encodings 'pe' .*give EncodingLoss or their GraphBuilder an encoding"):
         EncodingLoss()(path_graph(4), path_graph(4))
     with pytest.raises(ValueError, match=r"node i being node i \(got student \[1, 4\], teacher \[1, 5\]\)"):
         EncodingLoss()(path_graph(4), path_graph(5))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gkd.detection.backend import Backend
 from gkd.detection.detectron2_config import (
     build_detector,
     input_format,
@@ -27,7 +28,7 @@ from gkd.detection.detectron2_config import (
 from gkd.detection.detectron2_data import Detectron2Data
 from gkd.detection.detectron2_solver import Detectron2Optimizer, Detectron2Schedule
 from gkd.detection.detectron2_weights import config_of_weights, is_of_detectron2, load_backbone, load_detector
-from gkd.detection.interface import Backend, Detections, Detector, DetectorNetwork, Images, Output, Targets
+from gkd.detection.interface import Detections, Detector, DetectorNetwork, Images, Output, Targets
 from gkd.engine.checkpoint import write_atomic
 from gkd.errors import UserError
 

@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from gkd.data import DetectionData, DigitScenes, UnreadableImageError
+from gkd.detection.backend import Backend, Job, choose_backend
 from gkd.detection.distiller import DetectionNetworks, TaskLosses
-from gkd.detection.interface import Backend, Detector, DetectorNetwork, Job, choose_backend
+from gkd.detection.interface import Detector, DetectorNetwork
 from gkd.detection.regions import Regions
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Summary, Trainer

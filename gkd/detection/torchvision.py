@@ -20,7 +20,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from gkd.detection.interface import Backend, Detections, Detector, DetectorNetwork, Images, Output, Targets
+from gkd.detection.backend import Backend
+from gkd.detection.interface import Detections, Detector, DetectorNetwork, Images, Output, Targets
 from gkd.engine.checkpoint import write_atomic
 from gkd.errors import UserError
 from gkd.models.names import near

@@ -250,22 +250,24 @@ class _LowRank(torch.autograd.Function):
         # A GPU may be set to multiply float32 with ten bits; the kernel would not be recognised then.
         precise = G.double() if G.is_cuda else G
         mu, V = decompose((precise.mT @ precise).to(G.dtype))
-        eigval, V = 1 - mu.flip(-1), V.flip(-1)
+        eigval = 1 - mu.flip(-1)
         one = torch.ones_like(eigval[:, 0])
         tolerance = rounding(one, G.size(1))
         # Vectors of the smallest mu are G v / sqrt(mu) = rounding errors blown up; they count as beyond the rank.
         in_range = 1 - eigval > math.sqrt(torch.finfo(G.dtype).eps)
-        V = V * torch.where(in_range, (1 - eigval).clamp(min=0), 1.0).rsqrt()[:, None, :] * in_range[:, None, :]
+        inverse = in_range / torch.where(in_range, 1 - eigval, 1.0)
         rank = in_range.sum(1)
         position, start = keep(eigval, rank, isolated, tolerance, num_eig, drop_trivial)
         present = (position >= 0) & (position < rank[:, None])
         index = position.clamp(0, eigval.size(1) - 1)
-        V_kept = V.gather(2, index[:, None, :].expand(-1, V.size(1), -1)) * present[:, None, :]
+        # LAPACK's order is that of mu, ascending: the last column is the first pair.
+        V_kept = V.gather(2, (V.size(2) - 1 - index)[:, None, :].expand(-1, V.size(1), -1))
+        V_kept = V_kept * (inverse.gather(1, index).sqrt() * present)[:, None, :]
         U = (precise @ V_kept.to(precise.dtype)).to(G.dtype)
         position = torch.minimum(position, reached[:, None] - 1)
         kept = torch.where(position < rank[:, None], eigval.gather(1, position.clamp(0, eigval.size(1) - 1)), 1.0)
         kept = torch.where((position >= start[:, None]) & (kept.abs() > tolerance[:, None]), kept, 0.0)
-        ctx.save_for_backward(eigval, G, V, U, index, present, in_range, tolerance, damping_of(damping, one))
+        ctx.save_for_backward(eigval, G, V, U, index, present, inverse, tolerance, damping_of(damping, one))
         ctx.gauge = gauge
         return kept, U
 
@@ -273,18 +275,18 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     @backward_in_full_precision
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
-        # L = I - G G^T has the eigenvectors W = G V of the range, and everything orthogonal to them with eigenvalue 1. Its gradient is
-        # the symmetric part of X U^T, as for the exact method, so that of G is -(X U^T + U X^T) G. W itself is never formed.
-        eigval, G, V, U, index, present, in_range, tolerance, damping = ctx.saved_tensors
+        # L = I - G G^T has the eigenvectors W = G V / sqrt(mu) of the range, and everything orthogonal to them with eigenvalue 1. Its
+        # gradient is the symmetric part of X U^T, as for the exact method, so that of G is -(X U^T + U X^T) G. W itself is never formed.
+        eigval, G, V, U, index, present, inverse, tolerance, damping = ctx.saved_tensors
         grad_eigval = grad_eigval * present
         grad_eigvec = grad_eigvec * present[:, None, :]
         at = eigval.gather(1, index)
         block = None
         if ctx.gauge == "block":
-            block = torch.zeros_like(in_range).scatter(1, index, True)
-        overlap = V.mT @ (G.mT @ grad_eigvec)  # W^T grad
+            block = torch.zeros_like(eigval, dtype=torch.bool).scatter(1, index, True)
         gaps = inverse_gaps(eigval, at, block, tolerance, damping)
         beyond = inverse_gaps(torch.ones_like(eigval[:, :1]), at, None, tolerance, damping)
-        X = U * grad_eigval[:, None, :] + grad_eigvec * beyond + G @ (V @ (overlap * (gaps - beyond)))
+        along = ((gaps - beyond) * inverse[:, :, None]).flip(1)
+        X = U * grad_eigval[:, None, :] + grad_eigvec * beyond + G @ (V @ (along * (V.mT @ (G.mT @ grad_eigvec))))
         grad = -(X @ (U.mT @ G) + U @ (X.mT @ G))
         return grad, None, None, None, None, None, None

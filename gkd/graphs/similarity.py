@@ -9,7 +9,7 @@ from gkd.graphs.rows import neighbor_products
 
 Metric = Literal["cosine", "euclidean"]
 
-_SMALLEST_SQUARED_NORM = 1e-24
+_SMALLEST_NORM = 1e-12
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -24,11 +24,10 @@ def unit_rows(x: Tensor) -> Tensor:
     Shapes:
         - **x** [..., d]; **output** [..., d]
     """
-    square = x.square().sum(dim=-1, keepdim=True)
-    exists = square > _SMALLEST_SQUARED_NORM
-    # The inner `where` keeps rsqrt away from 0, so that no infinity meets the zero gradient of the outer one.
-    scale = torch.where(exists, torch.where(exists, square, 1.0).rsqrt(), 0.0)
-    return x * scale
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    exists = norm > _SMALLEST_NORM
+    # The inner `where` keeps the quotient away from 0, so that no infinity meets the zero gradient of the outer one.
+    return x * torch.where(exists, torch.where(exists, norm, 1.0).reciprocal(), 0.0)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

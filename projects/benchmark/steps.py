@@ -6,6 +6,7 @@ neither changes the cost. A step is what the engine does: forward of student and
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ __all__ = ["StepBenchmark"]
 Choice = str | Sequence[str]  # gin files and bindings
 PRELOAD = ("gkd.engine", "gkd.losses")
 BOUND = ", bound"
+PROBES = 3  # of memory, whose median counts: what an allocator asks for differs by a tenth from run to run
 
 
 def training_step(files: list[str], bindings: list[str]) -> tuple[Run, int]:
@@ -141,7 +143,10 @@ class StepBenchmark:
             steps = {name: training_step(files[name], bindings[name]) for name in files}
             seconds = time_in_turns({name: run for name, (run, _) in steps.items()}, self.repeats, self.device)
             memory = {
-                name: in_child(memory_probe, files[name], bindings[name], self.device, self.threads, preload=PRELOAD) for name in files
+                name: statistics.median(
+                    in_child(memory_probe, files[name], bindings[name], self.device, self.threads, preload=PRELOAD) for _ in range(PROBES)
+                )
+                for name in files
             }
         return [
             {"method": name, "ms": 1000 * seconds[name], "peak_mib": memory[name], "parameters": parameters}

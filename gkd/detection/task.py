@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gkd.data import DetectionData, DigitScenes, UnreadableImageError
@@ -55,21 +56,12 @@ class Detection(Task):
         eval_batch_size: int = 8,
         seed: int = 0,
     ) -> None:
-        self.description, self.seed = student, seed
-        self.data = DigitScenes() if data is None else data
-        self.trainer = Trainer() if trainer is None else trainer
+        super().__init__(DigitScenes() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         fabric = self.trainer.fabric
+        self.description = student
         self.backend, note = choose_backend(backend)
         if note is not None:
             fabric.print(note)
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1 or size % fabric.world_size:
-                raise UserError(f"Expected {name} to be a multiple of the {fabric.world_size} processes (got {size})")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self._sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
-        self.steps_per_epoch = self.data.num_batches("train", batch_size // fabric.world_size, world_size=fabric.world_size)
-        if self.steps_per_epoch < 1:
-            raise UserError(f"Expected at least one batch of {batch_size} training images (got {self.data.num_samples('train')} images)")
 
         seed_everything(seed)
         self.detector = self.backend.build_student(student, self.data)
@@ -110,18 +102,12 @@ class Detection(Task):
         except UnreadableImageError as error:
             raise UserError(str(error)) from error
 
-    def train(self, folder: RunFolder, config: str = "", resume: bool = False) -> dict[str, Any] | None:
-        """Trains and fills the run folder.
+    @property
+    def initial_weights(self) -> str | None:
+        """File or name of the weights that the student started from."""
+        return self.description.setting("weights", self.backend.name)
 
-        Args:
-            folder: A folder that was prepared.
-            config: Operative configuration, to be kept with the run.
-            resume: Go on from the last checkpoint.
-
-        Returns:
-            The results, or None where `max_steps` ended the training before its end.
-        """
-        self._begin(folder, config, resume)
+    def _fit(self, folder: RunFolder, resume: bool) -> Summary:
         job = Job(
             trainer=self.trainer,
             distiller=self.distiller,
@@ -134,32 +120,18 @@ class Detection(Task):
             folder=folder,
             resume=resume,
         )
-        summary = self.backend.fit(job)
-        return self._finish(folder, summary) if self._ended(summary) else None
+        return self.backend.fit(job)
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
         batches = partial(self.batches, split, self.eval_batch_size // self._sharing["world_size"])
         return self.backend.evaluate(self.detector, self.data, split, batches)
 
-    def load(self, folder: RunFolder) -> bool:
-        """Takes the student of the folder's last checkpoint; returns False where there is none and the weights stay as built.
-
-        Raises:
-            UserError: If there is neither a checkpoint nor a file of weights: nothing to evaluate but random numbers.
-        """
-        if folder.last.is_file():
-            self._load_checkpoint(folder.last)
-            return True
-        if self.description.setting("weights", self.backend.name) is None:
-            raise UserError(
-                f"Expected a checkpoint in {folder.last.parent}, or weights of the student (got neither). "
-                "Train first, check --output, or set student/DetectorNetwork.weights."
-            )
-        return False
+    def outputs(self, folder: RunFolder) -> list[Path]:
+        """What a user takes from the folder after the training, the checkpoint in the library's own format first."""
+        return [folder.path / self.backend.checkpoint_name, *super().outputs(folder)]
 
     def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
-        """Writes the student, in safetensors and in the library's own format, and the results."""
         figures = self._figures(folder, summary, self.student, None if self.teacher is None else self.teacher.model)
         figures["versions"].update(package_versions(("pycocotools", "detectron2")))
         results = {
@@ -179,6 +151,6 @@ class Detection(Task):
                 "category_ids": [int(number) for number in self.data.category_ids],
             }
             save_student(folder.student, self.student, described)
-            self.detector.save(folder.path / self.backend.checkpoint_name)
+            self.detector.save(self.outputs(folder)[0])
             folder.write_results(results)
         return results

@@ -109,19 +109,9 @@ class Classification(Task):
         eval_batch_size: int = 256,
         seed: int = 0,
     ) -> None:
-        self.description, self.seed = student, seed
-        self.data = Digits() if data is None else data
-        self.trainer = Trainer() if trainer is None else trainer
+        super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         fabric = self.trainer.fabric
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1 or size % fabric.world_size:
-                raise UserError(f"Expected {name} to be a multiple of the {fabric.world_size} processes (got {size})")
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self._sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
-        # Found now, where it is a mistake in the configuration, and not after an hour.
-        self.steps_per_epoch = self.data.num_batches("train", batch_size // fabric.world_size, world_size=fabric.world_size)
-        if self.steps_per_epoch < 1:
-            raise UserError(f"Expected at least one batch of {batch_size} training images (got {self.data.num_samples('train')} images)")
+        self.description = student
 
         seed_everything(seed)
         self.student = student.build(self.data.num_classes)
@@ -137,20 +127,14 @@ class Classification(Task):
             seed_everything(seed + fabric.global_rank)
         self._evaluators: dict[str, ClassifierEvaluator] = {}
 
-    def train(self, folder: RunFolder, config: str = "", resume: bool = False) -> dict[str, Any] | None:
-        """Trains and fills the run folder.
+    @property
+    def initial_weights(self) -> str | None:
+        """File or name of the weights that the student started from."""
+        return self.description.weights
 
-        Args:
-            folder: A folder that was prepared.
-            config: Operative configuration, to be kept with the run.
-            resume: Go on from the last checkpoint.
-
-        Returns:
-            The results, or None where `max_steps` ended the training before its end.
-        """
-        self._begin(folder, config, resume)
+    def _fit(self, folder: RunFolder, resume: bool) -> Summary:
         batch_size = self.batch_size // self._sharing["world_size"]
-        summary = self.trainer.fit(
+        return self.trainer.fit(
             self.distiller,
             partial(self.data.batches, "train", batch_size, seed=self.seed, **self._sharing),
             steps_per_epoch=self.steps_per_epoch,
@@ -161,7 +145,6 @@ class Classification(Task):
             folder=folder,
             resume=resume,
         )
-        return self._finish(folder, summary) if self._ended(summary) else None
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
@@ -181,22 +164,6 @@ class Classification(Task):
                 channels_last=self.trainer.channels_last,
             )
         return self._evaluators[split]
-
-    def load(self, folder: RunFolder) -> bool:
-        """Takes the student of the folder's last checkpoint; returns False where there is none and the weights stay as built.
-
-        Raises:
-            UserError: If there is neither a checkpoint nor a file of weights: nothing to evaluate but random numbers.
-        """
-        if folder.last.is_file():
-            self._load_checkpoint(folder.last)
-            return True
-        if self.description.weights is None:
-            raise UserError(
-                f"Expected a checkpoint in {folder.last.parent}, or weights of the student (got neither). "
-                "Train first, check --output, or set student/Network.weights."
-            )
-        return False
 
     def export(self, kind: str, folder: RunFolder) -> Path:
         """Writes the student in another format and checks that it computes the same.
@@ -221,7 +188,6 @@ class Classification(Task):
         return {"top1": 100.0 * (logits.argmax(dim=1) == batch[1]).float().mean()}
 
     def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
-        """Writes the student and the results; the test images are looked at once where others were held out for choices."""
         results = {
             "student": self.description.name,
             **self._figures(folder, summary, self.student, self.teacher),

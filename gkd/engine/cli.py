@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gkd.engine.interrupt import Interrupted
 from gkd.engine.loop import NonFiniteLossError
+from gkd.engine.run import RunFolder
+from gkd.engine.task import Task
 from gkd.errors import UserError
 
 USER_ERROR = 2
@@ -48,6 +52,36 @@ def overrides(arguments: argparse.Namespace, root: str) -> list[str]:
     if arguments.device is not None:
         bindings.append(f"Trainer.device = {arguments.device!r}")
     return bindings
+
+
+def run_task(task: Task, config: str, arguments: argparse.Namespace, write_report: Callable[[RunFolder], Path]) -> dict[str, Any] | None:
+    """Trains or evaluates, as the options say.
+
+    Args:
+        task: What the configuration built.
+        config: The operative configuration, to be kept with the run.
+        arguments: From the parser.
+        write_report: Draws the page of a run that has ended.
+
+    Returns:
+        The results, or None where a training stopped before its end.
+    """
+    fabric, folder = task.trainer.fabric, RunFolder(output_folder(arguments))
+    if arguments.eval_only:
+        fabric.print(f"Evaluating {task.load(folder)}")
+        results = task.evaluate()
+        fabric.print(json.dumps(results))
+        return results
+    if fabric.is_global_zero:
+        folder.prepare(resume=arguments.resume, overwrite=arguments.overwrite)
+    fabric.barrier()
+    trained = task.train(folder, config, resume=arguments.resume)
+    if trained is not None:
+        *written, last = map(str, task.outputs(folder))
+        fabric.print(f"Wrote {', '.join(written)} and {last}")
+        if fabric.is_global_zero and not arguments.no_report:
+            fabric.print(f"Wrote {write_report(folder)}")
+    return trained
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], object], argv: Sequence[str] | None = None) -> int:

@@ -17,47 +17,104 @@ from gkd.errors import UserError
 
 
 class Task(ABC):
-    """A student, its data and its training, put together. The attributes are the subclass's to set.
+    """A student, its data and its training, put together; a subclass builds the networks and says how they are trained and evaluated.
+
+    Args:
+        data: The data set.
+        trainer: The settings of the training.
+        batch_size: Samples in a step, over all processes.
+        eval_batch_size: Samples in a step of an evaluation, over all processes.
+        seed: Seed of the run.
 
     Attributes:
-        trainer: The settings of the training.
+        description: How the student is built; the subclass sets it and what follows.
         distiller: The module that is trained.
-        data: Tells how many samples a split has.
-        seed: Seed of the run.
         steps_per_epoch: Batches in an epoch.
+
+    Raises:
+        UserError: If the batches do not fit the processes or the data.
     """
 
-    trainer: Trainer
+    description: Any
     distiller: Distiller
-    data: Any
-    seed: int
-    steps_per_epoch: int
+
+    def __init__(self, data: Any, trainer: Trainer, batch_size: int, eval_batch_size: int, seed: int) -> None:
+        self.data, self.trainer, self.seed = data, trainer, seed
+        fabric = trainer.fabric
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1 or size % fabric.world_size:
+                raise UserError(f"Expected {name} to be a multiple of the {fabric.world_size} processes (got {size})")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self._sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
+        # Found now, where it is a mistake in the configuration, and not after an hour.
+        self.steps_per_epoch = data.num_batches("train", batch_size // fabric.world_size, world_size=fabric.world_size)
+        if self.steps_per_epoch < 1:
+            raise UserError(f"Expected at least one batch of {batch_size} training images (got {data.num_samples('train')} images)")
 
     @abstractmethod
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
 
-    @property
-    def choice_split(self) -> str:
-        """Split that is looked at while training: the held-out images where there are any, else the test images."""
-        return "val" if self.data.num_samples("val") > 0 else "test"
+    @abstractmethod
+    def _fit(self, folder: RunFolder, resume: bool) -> Summary:
+        """Trains to the end, or to `max_steps`."""
 
-    def _begin(self, folder: RunFolder, config: str, resume: bool) -> None:
-        """Writes the configuration, and says what of it a resumed run had otherwise."""
+    @abstractmethod
+    def _finish(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
+        """Writes the student and the results of a training that has ended, and returns the results."""
+
+    @property
+    @abstractmethod
+    def initial_weights(self) -> str | None:
+        """File or name of the weights that the student started from."""
+
+    def train(self, folder: RunFolder, config: str = "", resume: bool = False) -> dict[str, Any] | None:
+        """Trains and fills the run folder.
+
+        Args:
+            folder: A folder that was prepared.
+            config: Operative configuration, to be kept with the run.
+            resume: Go on from the last checkpoint.
+
+        Returns:
+            The results, or None where `max_steps` ended the training before its end.
+        """
         fabric = self.trainer.fabric
         if fabric.is_global_zero:
             changed = folder.changed_bindings(config) if resume else []
             if changed:
                 fabric.print("Resuming with other bindings than the run had: " + "; ".join(changed))
             folder.write_config(config)
+        summary = self._fit(folder, resume)
+        if summary.finished:
+            return self._finish(folder, summary)
+        fabric.print(f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps.")
+        return None
 
-    def _ended(self, summary: Summary) -> bool:
-        """Whether the training reached its end; says how to go on where it did not."""
-        if not summary.finished:
-            self.trainer.fabric.print(
-                f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
+    def load(self, folder: RunFolder) -> Path | str:
+        """Takes the student of the folder's last checkpoint, or leaves it with the weights that it started from; returns which.
+
+        Raises:
+            UserError: If there is neither a checkpoint nor a file of weights: nothing to evaluate but random numbers.
+        """
+        if folder.last.is_file():
+            self._load_checkpoint(folder.last)
+            return folder.last
+        if self.initial_weights is None:
+            raise UserError(
+                f"Expected a checkpoint in {folder.last.parent}, or weights of the student (got neither). "
+                f"Train first, check --output, or set student/{type(self.description).__name__}.weights."
             )
-        return summary.finished
+        return self.initial_weights
+
+    def outputs(self, folder: RunFolder) -> list[Path]:
+        """What a user takes from the folder after the training."""
+        return [folder.student, folder.results]
+
+    @property
+    def choice_split(self) -> str:
+        """Split that is looked at while training: the held-out images where there are any, else the test images."""
+        return "val" if self.data.num_samples("val") > 0 else "test"
 
     def _load_checkpoint(self, path: Path) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,24 +21,9 @@ ROOT = "Classification"
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     config = configure(arguments.gin, cli.overrides(arguments, ROOT))
     task = config.build(ROOT)
-    fabric = task.trainer.fabric
-    folder = RunFolder(cli.output_folder(arguments))
-    if arguments.eval_only:
-        loaded = task.load(folder)
-        fabric.print(f"Evaluating {folder.last if loaded else task.description.weights}")
-        results = task.evaluate()
-        fabric.print(json.dumps(results))
-    else:
-        if fabric.is_global_zero:
-            folder.prepare(resume=arguments.resume, overwrite=arguments.overwrite)
-        fabric.barrier()
-        results = task.train(folder, config.text, resume=arguments.resume)
-        if results is not None:
-            fabric.print(f"Wrote {folder.student} and {folder.results}")
-            if fabric.is_global_zero and not arguments.no_report:
-                fabric.print(f"Wrote {write_report(folder, task.distiller, task.data)}")
+    results = cli.run_task(task, config.text, arguments, lambda folder: write_report(folder, task.distiller, task.data))
     if arguments.export and results is not None:
-        fabric.print(f"Wrote {task.export(arguments.export, folder)}")
+        task.trainer.fabric.print(f"Wrote {task.export(arguments.export, RunFolder(cli.output_folder(arguments)))}")
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from report import write_report
 
 from gkd.config import MODULES, configure
 from gkd.engine import cli
-from gkd.engine.run import RunFolder
 from gkd.errors import UserError
 
 ROOT = "Detection"
@@ -30,23 +28,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         )
     config = configure(arguments.gin, cli.overrides(arguments, ROOT), (*MODULES, "gkd.detection", "gkd.detection.detectron2"))
     task = config.build(ROOT)
-    fabric = task.trainer.fabric
-    folder = RunFolder(cli.output_folder(arguments))
-    if arguments.eval_only:
-        loaded = task.load(folder)
-        fabric.print(f"Evaluating {folder.last if loaded else task.description.weights}")
-        results = task.evaluate()
-        fabric.print(json.dumps(results))
-    else:
-        if fabric.is_global_zero:
-            folder.prepare(resume=arguments.resume, overwrite=arguments.overwrite)
-        fabric.barrier()
-        results = task.train(folder, config.text, resume=arguments.resume)
-        if results is not None:
-            fabric.print(f"Wrote {folder.path / task.backend.checkpoint_name}, {folder.student} and {folder.results}")
-            if fabric.is_global_zero and not arguments.no_report:
-                fabric.print(f"Wrote {write_report(folder, task)}")
-    return results
+    return cli.run_task(task, config.text, arguments, lambda folder: write_report(folder, task))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,54 +1,16 @@
 import itertools
 import math
 
-import networkx
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import kneighbors_graph, radius_neighbors_graph
 from torch.autograd import gradcheck
 
-from gkd.graphs import AttentionEdges, CompleteEdges, GridEdges, KNNEdges, Nodes, PatchNodes, RadiusEdges, RandomEdges
+from gkd.graphs import AttentionEdges, CompleteEdges, KNNEdges, Nodes, RadiusEdges, RandomEdges
 from gkd.graphs import nearest as nearest_module
-from gkd.graphs.similarity import CosineSimilarity, EuclideanSimilarity, squared_distances, unit_rows
-from gkd.graphs.topology import neighbors, without_diagonal
-
-# All that look at features alone; RadiusEdges with a radius that some pairs of random rows keep and some do not.
-FREE = {
-    "knn": KNNEdges(k=2),
-    "knn-mutual": KNNEdges(k=2, symmetrize="mutual"),
-    "knn-directed-euclidean": KNNEdges(k=2, metric="euclidean", symmetrize=None),
-    "radius": RadiusEdges(0.4, metric="cosine"),
-    "radius-euclidean": RadiusEdges(1.5),
-    "complete": CompleteEdges(),
-    "complete-euclidean": CompleteEdges("euclidean"),
-    "complete-nonnegative": CompleteEdges(self_loops=True, nonnegative=True),
-    "attention": AttentionEdges(heads=2),
-    "attention-topk": AttentionEdges(k=2, temperature=0.5),
-}
-BLIND = {"random": RandomEdges(k=2, seed=3), "random-mutual": RandomEdges(k=2, symmetrize="mutual")}
-EVERY = FREE | BLIND
-
-
-def each(classes):
-    return pytest.mark.parametrize("rule", classes.values(), ids=classes.keys())
-
-
-def dense(edges, batch_size, num_nodes):
-    """A[b, target, source]; fails if two edges join the same pair or an edge leaves its graph."""
-    A = torch.zeros(batch_size, num_nodes, num_nodes, dtype=edges.edge_weight.dtype)
-    seen = set()
-    for (source, target), weight in zip(edges.edge_index.T.tolist(), edges.edge_weight.tolist(), strict=True):
-        assert source // num_nodes == target // num_nodes
-        if weight != 0:
-            assert (source, target) not in seen
-            seen.add((source, target))
-            A[target // num_nodes, target % num_nodes, source % num_nodes] = weight
-    return A
-
-
-def rows(batch_size=2, num_nodes=6, channels=4, dtype=torch.float64):
-    return torch.randn(batch_size, num_nodes, channels, dtype=dtype)
+from gkd.graphs.topology import neighbors
+from tests.graphs.edge_rules import EVERY, FREE, dense, each, rows
 
 
 class TestKNN:
@@ -165,200 +127,6 @@ class TestRadius:
     def test_bad_radius(self):
         with pytest.raises(ValueError, match=r"Expected a positive radius \(got -1\)"):
             RadiusEdges(-1)
-
-
-class TestComplete:
-    def test_cosines_of_all_pairs(self):
-        x = rows()
-        cosine = torch.nn.functional.cosine_similarity(x[:, :, None], x[:, None], dim=-1).clamp(min=0)
-        edges = CompleteEdges()(Nodes(x))
-        torch.testing.assert_close(dense(edges, 2, 6), cosine - torch.diag_embed(torch.ones(2, 6, dtype=x.dtype)))
-        assert edges.edge_index.shape == (2, 60)
-        assert edges.factor is None
-
-    def test_factor(self):
-        x = torch.cat((rows(), torch.ones(2, 6, 1, dtype=torch.float64)), dim=2).index_fill(1, torch.tensor([2]), 0.0)
-        edges = CompleteEdges(self_loops=True, nonnegative=True)(Nodes(x))
-        A = edges.edge_weight.view(2, 6, 6)
-        torch.testing.assert_close(A, edges.factor @ edges.factor.mT)
-        torch.testing.assert_close(A.diagonal(dim1=1, dim2=2)[:, [0, 1, 3, 4, 5]], torch.ones(2, 5, dtype=x.dtype))
-        assert A[:, 2].abs().sum() == 0  # a zero row has no edge, not even to itself
-        clipped = x.relu()
-        torch.testing.assert_close(A[:, 0, 1], torch.nn.functional.cosine_similarity(clipped[:, 0], clipped[:, 1], dim=-1))
-
-    def test_no_factor_where_it_is_not_the_adjacency(self):
-        x = Nodes(rows())
-        full = CompleteEdges(self_loops=True, nonnegative=True)
-        own = full(x)
-        assert CompleteEdges(nonnegative=True)(x).factor is None
-        assert CompleteEdges(self_loops=True)(x).factor is None
-        assert full(x, own.edge_index[:, :-1]).factor is None
-        torch.testing.assert_close(full(x, own.edge_index.flip(1)).factor, own.factor)
-
-    def test_euclidean(self):
-        x = rows(1, 3)
-        distance = torch.cdist(x, x)[0]
-        sigma = distance.sum() / 6
-        expected = (-(distance**2) / (2 * sigma**2)).exp().fill_diagonal_(0)
-        torch.testing.assert_close(dense(CompleteEdges("euclidean")(Nodes(x)), 1, 3)[0], expected)
-
-    def test_nonnegative_needs_cosines(self):
-        with pytest.raises(ValueError, match=r"Expected metric 'cosine' with nonnegative=True \(got 'euclidean'\)"):
-            CompleteEdges("euclidean", nonnegative=True)
-
-    def test_without_diagonal(self):
-        assert without_diagonal(torch.arange(9).view(1, 3, 3)).tolist() == [[[1, 2], [3, 5], [6, 7]]]
-        assert without_diagonal(torch.ones(2, 1, 1)).shape == (2, 1, 0)
-
-
-class TestGrid:
-    @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (3, 4), (2, 2)])
-    def test_agrees_with_networkx(self, size):
-        nodes = PatchNodes()(torch.ones(2, 3, *size, dtype=torch.float64))
-        num_nodes = size[0] * size[1]
-        A = dense(GridEdges()(nodes), 2, num_nodes)
-        expected = torch.tensor(networkx.to_numpy_array(networkx.grid_2d_graph(*size)))
-        torch.testing.assert_close(A, expected.expand(2, -1, -1))
-
-    def test_corners(self):
-        A = dense(GridEdges(8)(PatchNodes()(torch.ones(1, 3, 3, 3))), 1, 9)[0]
-        # Corner, side and middle of a 3 x 3 grid have 3, 5 and 8 neighbours.
-        torch.testing.assert_close(A.sum(dim=1), torch.tensor([3.0, 5, 3, 5, 8, 5, 3, 5, 3]))
-
-    def test_nodes_in_any_order(self):
-        x, pos, _ = PatchNodes()(torch.rand(2, 3, 3, 4, dtype=torch.float64))
-        order = torch.randperm(12)
-        A, permuted = (dense(GridEdges()(nodes), 2, 12) for nodes in (Nodes(x, pos), Nodes(x[:, order], pos[:, order])))
-        torch.testing.assert_close(permuted, A[:, order][:, :, order])
-
-    def test_weights_are_similarities(self):
-        nodes = PatchNodes()(torch.rand(1, 3, 1, 2))
-        weight = GridEdges(metric="euclidean", sigma=0.5)(nodes).edge_weight.max()
-        torch.testing.assert_close(weight, (-(nodes.x[0, 0] - nodes.x[0, 1]).square().sum() / 0.5).exp())
-
-    def test_needs_a_grid(self):
-        x = torch.rand(1, 4, 3)
-        with pytest.raises(ValueError, match=r"as PatchNodes makes them \(got no positions\)"):
-            GridEdges()(Nodes(x))
-        with pytest.raises(ValueError, match=r"as PatchNodes makes them \(got padded nodes\)"):
-            GridEdges()(Nodes(x, torch.rand(1, 4, 4), torch.ones(1, 4, dtype=torch.bool)))
-        with pytest.raises(ValueError, match=r"as PatchNodes makes them \(got positions \[1, 4, 3\]\)"):
-            GridEdges()(Nodes(x, torch.rand(1, 4, 3)))
-        with pytest.raises(ValueError, match=r"one in the centre of each cell.*got other positions"):
-            GridEdges()(Nodes(x, torch.rand(1, 4, 2)))
-        with pytest.raises(ValueError, match=r"got other positions"):
-            GridEdges()(Nodes(x, torch.tensor([[[0.25, 0.25]] * 4])))
-        with pytest.raises(ValueError, match=r"Expected 4 or 8 neighbors \(got 6\)"):
-            GridEdges(6)
-
-
-class TestRandom:
-    def test_k_others(self):
-        edges = RandomEdges(k=3, symmetrize=None)(Nodes(torch.rand(2, 10, 4)))
-        source, target = edges.edge_index
-        assert torch.equal(target.bincount(), torch.full((20,), 3))
-        assert (source != target).all()
-        assert len({*zip(source.tolist(), target.tolist(), strict=True)}) == 60
-
-    def test_seed(self):
-        nodes = Nodes(torch.rand(1, 20, 4))
-        first, again, other = (RandomEdges(k=3, seed=seed)(nodes).edge_index for seed in (0, 0, 1))
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-
-    def test_features_and_global_generator_play_no_part(self):
-        rule = RandomEdges(k=3)
-        first = rule(Nodes(torch.rand(1, 20, 4))).edge_index
-        state = torch.get_rng_state()
-        assert torch.equal(rule(Nodes(torch.rand(1, 20, 4))).edge_index, first)
-        torch.set_rng_state(state)
-        rule(Nodes(torch.ones(1, 20, 4)))
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_all_pairs_are_equally_likely(self):
-        # 200 seeds x 2 of 9 neighbours: each of the 90 ordered pairs is expected 44.4 times, with a deviation of 5.9.
-        count = torch.zeros(10, 10)
-        for seed in range(200):
-            source, target = RandomEdges(k=2, seed=seed, symmetrize=None)(Nodes(torch.ones(1, 10, 1))).edge_index
-            count[target, source] += 1
-        assert count.diagonal().sum() == 0
-        assert without_diagonal(count).sub(400 / 9).abs().max() < 5 * 5.9
-
-    def test_weights_are_similarities(self):
-        x = rows(1)
-        edges = RandomEdges(k=2)(Nodes(x))
-        complete = dense(CompleteEdges()(Nodes(x)), 1, 6)
-        A = dense(edges, 1, 6)
-        torch.testing.assert_close(A[A != 0], complete[A != 0])
-
-    def test_bad_k(self):
-        with pytest.raises(ValueError, match=r"Expected k to be a positive integer \(got None\)"):
-            RandomEdges(k=None)
-
-
-class TestAttention:
-    def reference(self, query, key, heads, temperature):
-        """One pair of nodes after the other, self excluded."""
-        num_nodes, width = query.shape
-        A = torch.zeros(num_nodes, num_nodes, dtype=query.dtype)
-        size = width // heads
-        for h, i in itertools.product(range(heads), range(num_nodes)):
-            part = slice(h * size, (h + 1) * size)
-            score = torch.stack([query[i, part] @ key[j, part] / (temperature * size**0.5) for j in range(num_nodes)])
-            score[i] = -math.inf
-            A[i] += score.softmax(0) / heads
-        return A
-
-    @pytest.mark.parametrize(("heads", "temperature"), [(1, 1.0), (2, 0.3)])
-    def test_agrees_with_a_loop(self, heads, temperature):
-        x = rows()
-        A = dense(AttentionEdges(heads=heads, temperature=temperature)(Nodes(x)), 2, 6)
-        torch.testing.assert_close(A, torch.stack([self.reference(row, row, heads, temperature) for row in x]))
-
-    def test_by_hand(self):
-        # q_0.k_1 = 0 and q_0.k_2 = ln 3 with d = 1: the softmax over nodes 1 and 2 is (1/4, 3/4).
-        x = torch.tensor([[[1.0], [0.0], [math.log(3)]]])
-        torch.testing.assert_close(dense(AttentionEdges()(Nodes(x)), 1, 3)[0, 0], torch.tensor([0.0, 0.25, 0.75]))
-
-    def test_strongest_are_kept_as_they_are(self):
-        x = rows()
-        everything = dense(AttentionEdges()(Nodes(x)), 2, 6)
-        kept = dense(AttentionEdges(k=2)(Nodes(x)), 2, 6)
-        best = everything.topk(2, dim=-1)
-        torch.testing.assert_close(kept, torch.zeros_like(kept).scatter(2, best.indices, best.values))
-
-    def test_learned(self):
-        torch.manual_seed(1)
-        rule = AttentionEdges(in_channels=4, heads=2).double()
-        x = rows()
-        edges = rule(Nodes(x))
-        expected = torch.stack([self.reference(rule.query(row), rule.key(row), 2, 1.0) for row in x])
-        torch.testing.assert_close(dense(edges, 2, 6), expected.detach())
-        edges.edge_weight.square().sum().backward()
-        assert all(parameter.grad.abs().sum() > 0 for parameter in rule.parameters())
-        assert not list(AttentionEdges().parameters())
-
-    def test_two_nodes_attend_to_each_other_alone(self):
-        assert AttentionEdges(k=1)(Nodes(rows(3, 2))).edge_weight.tolist() == [1.0] * 6
-
-    def test_large_scores(self):
-        x = (1e4 * rows()).requires_grad_()
-        weight = AttentionEdges()(Nodes(x)).edge_weight
-        (gradient,) = torch.autograd.grad(weight.square().sum(), x)
-        assert weight.isfinite().all()
-        assert gradient.isfinite().all()
-
-    def test_bad_options(self):
-        with pytest.raises(ValueError, match=r"Expected rows of length a multiple of 3 heads \(got 4\)"):
-            AttentionEdges(heads=3)(Nodes(rows()))
-        with pytest.raises(ValueError, match=r"Expected rows of length in_channels=8 \(got 4\)"):
-            AttentionEdges(in_channels=8)(Nodes(rows(dtype=torch.float32)))
-        with pytest.raises(ValueError, match=r"multiple of heads \(got in_channels=8, heads=3\)"):
-            AttentionEdges(in_channels=8, heads=3)
-        with pytest.raises(ValueError, match=r"Expected a positive temperature \(got 0\)"):
-            AttentionEdges(temperature=0)
-        with pytest.raises(ValueError, match=r"Expected k to be a positive integer or None \(got 0\)"):
-            AttentionEdges(k=0)
 
 
 class TestBetween:
@@ -552,46 +320,6 @@ class TestEveryClass:
     def test_printing(self, rule):
         assert type(rule).__name__ in repr(rule)
         assert "=" in repr(rule)
-
-
-class TestSimilarity:
-    def test_unit_rows(self):
-        x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-20, 0.0]], requires_grad=True)
-        unit = unit_rows(x)
-        torch.testing.assert_close(unit, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.0]]))
-        (gradient,) = torch.autograd.grad(unit[:, 0].sum(), x)
-        # d(x / |x|)_0 / dx = (1 - 0.36, -0.48) / 5; nothing comes back to the rows that count as zero.
-        torch.testing.assert_close(gradient, torch.tensor([[0.128, -0.096], [0.0, 0.0], [0.0, 0.0]]))
-
-    def test_distances_far_from_the_origin(self):
-        x = torch.rand(1, 20, 5) + 1000
-        expected = torch.cdist(x.double(), x.double()).square().float()
-        torch.testing.assert_close(squared_distances(x, x), expected, rtol=1e-4, atol=1e-5)
-
-    def test_equal_rows_have_distance_zero(self):
-        x = torch.rand(1, 1, 300).expand(1, 9, 300)
-        assert squared_distances(x, x).max() == 0
-        x = torch.cat((x, torch.rand(1, 9, 300)), dim=1)
-        assert squared_distances(x, x)[:, :9, :9].max() == 0
-        assert squared_distances(x, x).diagonal(dim1=1, dim2=2).max() == 0
-
-    @pytest.mark.parametrize("similarity", [CosineSimilarity(), EuclideanSimilarity()], ids=["cosine", "euclidean"])
-    def test_edge_scores_are_entries_of_scores(self, similarity):
-        x, y = rows(2, 5), rows(2, 7)
-        few = torch.tensor([[0, 6, 7, 13], [4, 0, 5, 9]])  # one gathered pair of rows an edge
-        many = few.repeat(1, 40)  # one product of all
-        scores = similarity.scores(x, y)
-        expected = torch.stack([scores[0, 4, 0], scores[0, 0, 6], scores[1, 0, 0], scores[1, 4, 6]])
-        torch.testing.assert_close(similarity.edge_scores(x, y, few), expected)
-        torch.testing.assert_close(similarity.edge_scores(x, y, many), expected.repeat(40))
-
-    def test_bandwidth_of_each_graph(self):
-        # Edges of lengths 1, 3 and, in the other graph, 10, with or without counting where they belong.
-        score, similarity = -torch.tensor([1.0, 9.0, 100.0, 0.0]), EuclideanSimilarity()
-        exists, graph = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 1])
-        expected = torch.tensor([-1 / 8, -9 / 8, -1 / 2, -math.inf]).exp()
-        torch.testing.assert_close(similarity.weights(score, exists, graph, 2), expected)
-        torch.testing.assert_close(similarity.weights(score, exists, None, 2), expected)
 
 
 def test_neighbors_of_long_rows_are_the_nearest():

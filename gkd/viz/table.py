@@ -76,8 +76,8 @@ class Column(NamedTuple):
 
     title: str
     text: Callable[[Row], str]
-    essential: bool = True
-    """Whether it is shown where there is no room for all."""
+    rank: int = 0
+    """Where there is no room for all, those of rank 2 are left out, and then those of rank 1."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ class Comparison:
         name = {"top1": "top-1"}.get(self.metric, self.metric)
         columns = [
             Column("method", lambda row: row.method),
-            Column("seeds", lambda row: str(row.seeds), essential=False),
+            Column("seeds", lambda row: str(row.seeds), rank=2),
             Column(f"{name} last", lambda row: _spread(row.last)),
-            Column(f"{name} best", lambda row: _spread(row.best)),
+            Column(f"{name} best", lambda row: _spread(row.best), rank=1),
         ]
         if self.baseline is not None:
             columns += [
@@ -111,16 +111,16 @@ class Comparison:
                 Column(f"{100 * self.confidence:g} % interval", _interval),
             ]
         costs = [
-            Column("agreement", lambda row: _spread(row.agreement), essential=False),
-            Column("ms/step", lambda row: NONE if row.step_ms is None else _number(row.step_ms.mean), essential=False),
-            Column("extra parameters", lambda row: NONE if row.extra_parameters is None else f"{row.extra_parameters:,}", essential=False),
-            Column("peak memory", lambda row: NONE if row.memory is None else format_bytes(row.memory), essential=False),
+            Column("agreement", lambda row: _spread(row.agreement), rank=2),
+            Column("ms/step", lambda row: NONE if row.step_ms is None else _number(row.step_ms.mean), rank=2),
+            Column("extra parameters", lambda row: NONE if row.extra_parameters is None else f"{row.extra_parameters:,}", rank=2),
+            Column("peak memory", lambda row: NONE if row.memory is None else format_bytes(row.memory), rank=2),
             Column("seconds", lambda row: NONE if row.seconds is None else _number(row.seconds.mean)),
         ]
         return columns + [column for column in costs if any(column.text(row) != NONE for row in self.rows)]
 
     def to_rich(self, title: str | None = None, width: int = 80) -> Table:
-        """The table for the terminal; where it would be wider than ``width``, the essential columns only."""
+        """The table for the terminal; where it would be wider than ``width``, without the columns that matter least."""
         from rich.console import Console
         from rich.measure import Measurement
         from rich.table import Table
@@ -135,10 +135,11 @@ class Comparison:
                 table.add_row(*(Text(column.text(row), style=self._style(row, column)) for column in columns))
             return table
 
-        table = build(self.columns())
         wide = Console(width=1000)
-        if Measurement.get(wide, wide.options, table).maximum > width:
-            table = build([column for column in self.columns() if column.essential])
+        for rank in (2, 1, 0):
+            table = build([column for column in self.columns() if column.rank <= rank])
+            if Measurement.get(wide, wide.options, table).maximum <= width:
+                break
         return table
 
     def to_csv(self) -> str:

@@ -107,6 +107,16 @@ def test_formats_agree():
     assert "graph \\| KD" in markdown  # a bar would end the cell
 
 
+@pytest.mark.parametrize(("width", "absent"), [(200, ()), (90, ("peak memory",)), (70, ("peak memory", "top-1 best"))])
+def test_narrow_terminals_get_fewer_columns_and_whole_numbers(width, absent):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(compare(three_seeds(), baseline="alone").to_rich(width=width))
+    text = console.export_text()
+    assert "…" not in text
+    for title in ("top-1 last", "top-1 best", "vs alone", "95 % interval", "seconds", "peak memory"):
+        assert (title in text) == (title not in absent)
+
+
 def test_clear_differences_are_marked():
     runs = [Run(method, seed, results(70 + gain + 0.01 * seed * gain)) for method, gain in (("a", 0), ("b", 2)) for seed in range(3)]
     assert compare(runs, "a").to_html().count("class=clear") == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 RUN = """
 Classification.data = @RandomImages()
@@ -121,27 +122,63 @@ def test_mistakes_end_with_code_2_and_one_message(train_net, capsys, options, me
     assert not any(Path("runs").glob("*/*"))
 
 
+def test_own_networks_and_images_as_the_readme_says(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part, number in (("train", 8), ("test", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = torch.randint(256, (72, 80, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / part / name / f"{index}.png")
+    text = (repository / "projects" / "classification" / "README.md").read_text()
+    section = re.search(r"^## Your own networks and images\n(.*?)^## ", text, re.M | re.S)[1]
+    for block in re.finditer(r"^```(?:python|gin)\n(.*?)^```", section, re.M | re.S):
+        name = re.findall(r"`(\w+\.(?:py|gin))`", section[: block.start()])[-1]
+        (tmp_path / name).write_text(block[1])
+    main = load(repository, "train_net").main
+    short = ["--set", "EPOCHS = 1", "--set", "BATCH_SIZE = 8", "--set", "ImageFolder.num_workers = 0", "--no-report", "--device", "cpu"]
+    assert main(["--gin", "photos_teacher.gin", *short]) == 0
+    assert main(["--gin", "photos_small.gin", *short]) == 0
+    assert main(["--gin", "photos_small.gin", "--gin", "gin/base/alone.gin", "--output", "runs/photos_alone", *short]) == 0
+    results = json.loads(Path("runs/photos_small/results.json").read_text())
+    assert results["student"] == "my_nets:small"
+    assert results["final"]["agreement"] is not None
+    losses = json.loads(Path("runs/photos_small/metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss/kd", "loss/graph/middle/vertex", "loss/graph/last/edge"} <= losses.keys()
+
+
 def test_debug_shows_the_traceback(train_net, capsys):
     assert train_net("--set", "Trainer.epoch = 1", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_wrong_tap_names_the_stage(train_net, capsys, tmp_path):
+@pytest.fixture
+def distil(train_net, tmp_path):
     from gkd.models import build_classifier
 
     torch.save(build_classifier("resnet8", num_classes=4).state_dict(), tmp_path / "teacher.pt")
-    distilled = [
+    pair = [
         "Classification.teacher = @teacher/Network()",
         "teacher/Network.name = 'resnet8'",
         "teacher/Network.weights = 'teacher.pt'",
-    ]
-    distilled += [
         "Classification.distiller = @Distiller",
-        "Distiller.terms = {'at': @ATLoss()}",
-        "Distiller.taps = {'deep': ('layer4', 'layer3')}",
     ]
-    assert train_net(*(option for binding in distilled for option in ("--set", binding))) == 2
+    return lambda *bindings: train_net(*(option for binding in [*pair, *bindings] for option in ("--set", binding)))
+
+
+def test_a_wrong_tap_names_the_stage(distil, capsys):
+    assert distil("Distiller.terms = {'at': @ATLoss()}", "Distiller.taps = {'deep': ('layer4', 'layer3')}") == 2
     assert "layer4" in capsys.readouterr().err
+
+
+def test_what_only_the_features_show_is_a_mistake_too(distil, capsys):
+    graph = ["GraphLoss.builder = @GraphBuilder()", "GraphBuilder.nodes = @PatchNodes()", "GraphBuilder.edges = @KNNEdges()"]
+    term = ["Distiller.terms = {'graph': @GraphLoss()}", "GraphLoss.terms = {'edge': @EdgeLoss()}", "Distiller.taps = {'deep': 'layer3'}"]
+    assert distil(*graph, *term, "PatchNodes.grid = 2", "KNNEdges.k = 4") == 2
+    error = capsys.readouterr().err
+    assert "Expected k <= 3" in error
+    assert "--debug" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow

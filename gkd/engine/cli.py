@@ -99,12 +99,14 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], ob
     sys.path.append(str(Path.cwd()))  # the user's own package.module:factory, and imports in gin files
     try:
         run(arguments)
-    except (UserError, NonFiniteLossError) as error:
+    except (ValueError, NonFiniteLossError) as error:
+        # A value may turn out to be wrong only once there are features, such as more neighbours than nodes.
         if arguments.debug:
             traceback.print_exc()
         else:
-            print(f"{parser.prog}: {error}", file=sys.stderr)
-        return USER_ERROR if isinstance(error, UserError) else 1
+            hint = "" if isinstance(error, (UserError, NonFiniteLossError)) else " (--debug shows where)"
+            print(f"{parser.prog}: {error}{hint}", file=sys.stderr)
+        return 1 if isinstance(error, NonFiniteLossError) else USER_ERROR
     except Interrupted as interrupted:
         print(f"{parser.prog}: {interrupted}", file=sys.stderr)
         return 128 + interrupted.signum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from gkd.engine.interrupt import Interrupted, Interrupts
 from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, Writer
 from gkd.engine.position import Clock, Position, Summary
 from gkd.engine.run import RunFolder, package_versions
+from gkd.engine.settings import Settings
 from gkd.engine.window import Window
 from gkd.errors import UserError
-
-if TYPE_CHECKING:
-    from gkd.engine.trainer import Trainer
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -31,7 +29,7 @@ class Loop:
 
     def __init__(
         self,
-        trainer: Trainer,
+        settings: Settings,
         model: nn.Module,
         batches: Callable[..., Iterator[tuple]],
         *,
@@ -43,22 +41,22 @@ class Loop:
         score: str,
         folder: RunFolder | None,
     ) -> None:
-        self.settings, self.fabric, self.model = trainer, trainer.fabric, model
+        self.settings, self.fabric, self.model = settings, settings.fabric, model
         self.device = self.fabric.device
         self.batches, self.steps_per_epoch, self.samples_per_step = batches, steps_per_epoch, samples_per_step
         self.evaluate, self.metrics, self.describe, self.score, self.folder = evaluate, metrics, describe, score, folder
         if steps_per_epoch < 1:
             raise ValueError(f"Expected at least one step in an epoch (got {steps_per_epoch})")
-        self.total = trainer.total_steps(steps_per_epoch)
-        self.evaluation_period = max(1, round(trainer.evaluate_every * steps_per_epoch))
+        self.total = settings.total_steps(steps_per_epoch)
+        self.evaluation_period = max(1, round(settings.evaluate_every * steps_per_epoch))
 
-        if trainer.channels_last:
+        if settings.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.raw_optimizer = trainer.optimizer(model)
+        self.raw_optimizer = settings.optimizer(model)
         self.base_lrs = [group["lr"] for group in self.raw_optimizer.param_groups]
         compiled = model
-        if trainer.compile:
-            compiled = torch.compile(model, mode=trainer.compile if isinstance(trainer.compile, str) else None)  # type: ignore[assignment]
+        if settings.compile:
+            compiled = torch.compile(model, mode=settings.compile if isinstance(settings.compile, str) else None)  # type: ignore[assignment]
         self.module, self.optimizer = self.fabric.setup(compiled, self.raw_optimizer)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True

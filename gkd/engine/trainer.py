@@ -1,137 +1,25 @@
-"""The settings of a training and the machine it runs on. What is trained, on what, and how it is judged are passed to `fit`."""
+"""The trainer: what is trained, on what, and how it is judged are passed to `fit`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
-from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision
-from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gkd.engine.loop import Loop
-from gkd.engine.optim import SGD, Flat, Schedule
 from gkd.engine.position import Summary
 from gkd.engine.run import RunFolder
-from gkd.errors import UserError
-
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+from gkd.engine.settings import Settings
 
 
-class Autocast(MixedPrecision):
-    """Autocast that leaves the inputs in float32: a teacher normalises its images before anything is rounded."""
-
-    def convert_input(self, data: Any) -> Any:
-        """Returns the data as they are."""
-        return data
-
-
-class Trainer:
+class Trainer(Settings):
     """Trains any module that turns a batch into a dictionary of losses, on the CPU, a GPU, or several of either by `torchrun`.
 
     The sum of the losses is minimised. Batches, evaluation and metrics are arguments of `fit`, so that classifiers and detectors are
-    trained by the same code. No step waits for the device: sums stay there and are read every `log_every` steps.
-
-    Args:
-        epochs: Length of the training.
-        steps: Length in optimiser steps, where that is how the recipe counts; replaces `epochs`.
-        optimizer: Called with the module; `SGD` or `AdamW`.
-        schedule: Factor of the learning rate as a function of the step.
-        precision: ``'32-true'``, ``'bf16-mixed'`` or ``'16-mixed'`` (with loss scaling, which waits for the device every step).
-        device: ``'auto'`` (a GPU where there is one), ``'cpu'``, ``'cuda'`` or ``'cuda:1'``.
-        accumulate: Parts into which each batch is cut, one after the other, where it does not fit into memory. The gradient is that of the
-            whole batch, but batch norm and terms between samples see one part at a time.
-        clip_norm: Largest norm of the gradient.
-        channels_last: Memory format of the module and its images.
-        compile: True, or a mode of `torch.compile`.
-        log_every: Steps between two records.
-        evaluate_every: Epochs between two evaluations; the last step is always followed by one.
-        checkpoint_every: Steps between two checkpoints, besides the one after each evaluation.
-        max_steps: Stop after this step with a checkpoint, to go on later. The schedule keeps the full length.
-        tensorboard: Write TensorBoard's event files too.
-        find_unused_parameters: For several processes: look in every step for parameters that the losses do not reach. The distiller
-            leaves none.
+    trained by the same code. No step waits for the device: sums stay there and are read every `log_every` steps. The arguments are those
+    of `Settings`.
     """
-
-    def __init__(
-        self,
-        epochs: float = 1,
-        steps: int | None = None,
-        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Schedule | None = None,
-        precision: Precision = "32-true",
-        device: str = "auto",
-        accumulate: int = 1,
-        clip_norm: float | None = None,
-        channels_last: bool = False,
-        compile: bool | str = False,
-        log_every: int = 50,
-        evaluate_every: float = 1,
-        checkpoint_every: int | None = None,
-        max_steps: int | None = None,
-        tensorboard: bool = True,
-        find_unused_parameters: bool = False,
-    ) -> None:
-        if precision not in get_args(Precision):
-            raise ValueError(f"Expected the precision {', '.join(map(repr, get_args(Precision)))} (got {precision!r})")
-        counts = {
-            "accumulate": accumulate,
-            "log_every": log_every,
-            "checkpoint_every": checkpoint_every,
-            "max_steps": max_steps,
-            "steps": steps,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"Expected {name} to be at least 1 (got {count})")
-        if epochs <= 0 or evaluate_every <= 0:
-            raise ValueError(f"Expected positive epochs and evaluate_every (got {epochs} and {evaluate_every})")
-        self.epochs, self.steps = epochs, steps
-        self.optimizer = SGD() if optimizer is None else optimizer
-        self.schedule = Flat() if schedule is None else schedule
-        self.precision, self.accumulate, self.clip_norm = precision, accumulate, clip_norm
-        self.channels_last, self.compile = channels_last, compile
-        self.log_every, self.evaluate_every = log_every, evaluate_every
-        self.checkpoint_every, self.max_steps = checkpoint_every, max_steps
-        self.tensorboard, self.find_unused_parameters = tensorboard, find_unused_parameters
-        self._accelerator, self._index = resolve_device(device)
-        self.autocast = None if precision == "32-true" else Autocast(precision, self._accelerator)
-
-    @cached_property
-    def fabric(self) -> Fabric:
-        """The processes and their devices; made, and under `torchrun` connected, when first asked for."""
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        # Buffers stay each process's own (a memory of samples must not be overwritten); the evaluator takes care of running statistics.
-        buffers = next(
-            name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DistributedDataParallel).parameters
-        )
-        options: dict[str, Any] = {"find_unused_parameters": self.find_unused_parameters, buffers: False}
-        strategy = "auto" if world == 1 else DDPStrategy(**options)
-        fabric = Fabric(
-            accelerator=self._accelerator,
-            devices=local if self._index is None else [self._index],
-            num_nodes=max(1, world // local),
-            strategy=strategy,
-            plugins=self.autocast,
-        )
-        fabric.launch()
-        return fabric
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        return self.fabric.device
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Length of the training in optimiser steps."""
-        return max(1, round(self.epochs * steps_per_epoch)) if self.steps is None else self.steps
 
     def fit(
         self,
@@ -183,21 +71,3 @@ class Trainer:
         if resume:
             loop.restore()
         return loop.run()
-
-
-def resolve_device(device: str) -> tuple[str, int | None]:
-    """Accelerator and, where one is named, the index of the device.
-
-    Raises:
-        UserError: If there is no such device.
-    """
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
-        raise UserError(f"Expected the device 'auto', 'cpu', 'cuda' or 'cuda:N' (got {device!r}). Check --device.")
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("Expected a CUDA device (got none that torch can see). Use --device cpu, or install a CUDA build of torch.")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"Expected one of {torch.cuda.device_count()} CUDA devices, counted from 0 (got {device!r}). Check --device.")
-    return kind, int(index) if index else None

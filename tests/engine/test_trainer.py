@@ -12,7 +12,7 @@ from torch import nn
 
 from gkd.engine import SGD, Flat, NonFiniteLossError, Trainer, cli
 from gkd.engine.loop import split_batch
-from gkd.engine.trainer import resolve_device
+from gkd.engine.settings import resolve_device
 from gkd.errors import UserError
 from tests.engine import toy
 

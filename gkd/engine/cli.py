@@ -1,4 +1,4 @@
-"""The command line that every train_net.py shares: its options, its messages, its exit codes."""
+"""The command line that every train_net.py shares: its options and what they make of a task, its messages, its exit codes."""
 
 from __future__ import annotations
 

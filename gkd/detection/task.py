@@ -57,11 +57,10 @@ class Detection(Task):
         seed: int = 0,
     ) -> None:
         super().__init__(DigitScenes() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
-        fabric = self.trainer.fabric
         self.description = student
         self.backend, note = choose_backend(backend)
         if note is not None:
-            fabric.print(note)
+            self.trainer.fabric.print(note)
 
         seed_everything(seed)
         self.detector = self.backend.build_student(student, self.data)
@@ -81,9 +80,7 @@ class Detection(Task):
                     "Expected DenseKDLoss for the class logits of one-stage detectors, and another term, such as KDLoss, for two stages "
                     f"(got {type(term).__name__} for {found}). Set KD = @DenseKDLoss() or KD = @KDLoss(), or give the term the weight 0."
                 )
-        self.distiller.to(fabric.device)
-        if fabric.world_size > 1:
-            seed_everything(seed + fabric.global_rank)
+        self._place()
 
     @property
     def student(self) -> Any:
@@ -111,7 +108,7 @@ class Detection(Task):
         job = Job(
             trainer=self.trainer,
             distiller=self.distiller,
-            batches=partial(self.batches, "train", self.batch_size // self._sharing["world_size"], seed=self.seed),
+            batches=partial(self.batches, "train", self._share(self.batch_size), seed=self.seed),
             steps_per_epoch=self.steps_per_epoch,
             samples_per_step=self.batch_size,
             evaluate=partial(self.evaluate, self.choice_split),
@@ -124,7 +121,7 @@ class Detection(Task):
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
-        batches = partial(self.batches, split, self.eval_batch_size // self._sharing["world_size"])
+        batches = partial(self.batches, split, self._share(self.eval_batch_size))
         return self.backend.evaluate(self.detector, self.data, split, batches)
 
     def outputs(self, folder: RunFolder) -> list[Path]:
@@ -151,6 +148,6 @@ class Detection(Task):
                 "category_ids": [int(number) for number in self.data.category_ids],
             }
             save_student(folder.student, self.student, described)
-            self.detector.save(self.outputs(folder)[0])
+            self.detector.save(folder.path / self.backend.checkpoint_name)
             folder.write_results(results)
         return results

@@ -110,7 +110,6 @@ class Classification(Task):
         seed: int = 0,
     ) -> None:
         super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
-        fabric = self.trainer.fabric
         self.description = student
 
         seed_everything(seed)
@@ -121,10 +120,7 @@ class Classification(Task):
             set_targets: Any = getattr(term, "set_targets", None)  # of a term with a memory of the training samples
             if set_targets is not None:
                 set_targets(self.data.targets("train"))
-        self.distiller.to(fabric.device)
-        if fabric.world_size > 1:
-            # The weights above are the same in all processes; draws in training, such as dropout's, are each one's own.
-            seed_everything(seed + fabric.global_rank)
+        self._place()
         self._evaluators: dict[str, ClassifierEvaluator] = {}
 
     @property
@@ -133,10 +129,9 @@ class Classification(Task):
         return self.description.weights
 
     def _fit(self, folder: RunFolder, resume: bool) -> Summary:
-        batch_size = self.batch_size // self._sharing["world_size"]
         return self.trainer.fit(
             self.distiller,
-            partial(self.data.batches, "train", batch_size, seed=self.seed, **self._sharing),
+            partial(self.data.batches, "train", self._share(self.batch_size), seed=self.seed, **self._sharing),
             steps_per_epoch=self.steps_per_epoch,
             samples_per_step=self.batch_size,
             evaluate=self.evaluator(self.choice_split),
@@ -153,10 +148,9 @@ class Classification(Task):
     def evaluator(self, split: str) -> ClassifierEvaluator:
         """The evaluator of a split; there is one, since it remembers the teacher's answers."""
         if split not in self._evaluators:
-            batch_size = self.eval_batch_size // self._sharing["world_size"]
             self._evaluators[split] = ClassifierEvaluator(
                 self.student,
-                partial(self.data.batches, split, batch_size, **self._sharing),
+                partial(self.data.batches, split, self._share(self.eval_batch_size), **self._sharing),
                 self.data.num_classes,
                 self.trainer.device,
                 teacher=self.teacher,

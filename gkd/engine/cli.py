@@ -39,9 +39,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def output_folder(arguments: argparse.Namespace) -> Path:
+def run_folder(arguments: argparse.Namespace) -> RunFolder:
     """Where the run goes: --output, or runs/ and the name of the last --gin file."""
-    return arguments.output or Path("runs") / Path(arguments.gin[-1]).stem
+    return RunFolder(arguments.output or Path("runs") / Path(arguments.gin[-1]).stem)
 
 
 def overrides(arguments: argparse.Namespace, root: str) -> list[str]:
@@ -66,7 +66,7 @@ def run_task(task: Task, config: str, arguments: argparse.Namespace, write_repor
     Returns:
         The results, or None where a training stopped before its end.
     """
-    fabric, folder = task.trainer.fabric, RunFolder(output_folder(arguments))
+    fabric, folder = task.trainer.fabric, run_folder(arguments)
     if arguments.eval_only:
         fabric.print(f"Evaluating {task.load(folder)}")
         results = task.evaluate()

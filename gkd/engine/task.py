@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gkd.distill import Distiller
-from gkd.engine.checkpoint import load_checkpoint
+from gkd.engine.checkpoint import load_checkpoint, seed_everything
 from gkd.engine.position import Summary
 from gkd.engine.run import RunFolder, count_parameters, describe_machine, peak_memory
 from gkd.engine.trainer import Trainer
@@ -47,7 +47,7 @@ class Task(ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self._sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
         # Found now, where it is a mistake in the configuration, and not after an hour.
-        self.steps_per_epoch = data.num_batches("train", batch_size // fabric.world_size, world_size=fabric.world_size)
+        self.steps_per_epoch = data.num_batches("train", self._share(batch_size), world_size=fabric.world_size)
         if self.steps_per_epoch < 1:
             raise UserError(f"Expected at least one batch of {batch_size} training images (got {data.num_samples('train')} images)")
 
@@ -110,6 +110,17 @@ class Task(ABC):
     def outputs(self, folder: RunFolder) -> list[Path]:
         """What a user takes from the folder after the training."""
         return [folder.student, folder.results]
+
+    def _place(self) -> None:
+        """Takes the distiller, built from the same seed in all processes, to the device; what is drawn from here on is each one's own."""
+        fabric = self.trainer.fabric
+        self.distiller.to(fabric.device)
+        if fabric.world_size > 1:
+            seed_everything(self.seed + fabric.global_rank)
+
+    def _share(self, batch_size: int) -> int:
+        """This process's part of a batch."""
+        return batch_size // self.trainer.fabric.world_size
 
     @property
     def choice_split(self) -> str:

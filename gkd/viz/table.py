@@ -135,9 +135,9 @@ class Comparison:
                 table.add_row(*(Text(column.text(row), style=self._style(row, column)) for column in columns))
             return table
 
-        wide = Console(width=1000)
+        columns, wide = self.columns(), Console(width=1000)
         for rank in (2, 1, 0):
-            table = build([column for column in self.columns() if column.rank <= rank])
+            table = build([column for column in columns if column.rank <= rank])
             if Measurement.get(wide, wide.options, table).maximum <= width:
                 break
         return table

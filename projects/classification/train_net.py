@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from gkd.config import configure
 from gkd.engine import cli
-from gkd.engine.run import RunFolder
 from gkd.viz import write_report
 
 ROOT = "Classification"
@@ -23,7 +22,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     task = config.build(ROOT)
     results = cli.run_task(task, config.text, arguments, lambda folder: write_report(folder, task.distiller, task.data))
     if arguments.export and results is not None:
-        task.trainer.fabric.print(f"Wrote {task.export(arguments.export, RunFolder(cli.output_folder(arguments)))}")
+        task.trainer.fabric.print(f"Wrote {task.export(arguments.export, cli.run_folder(arguments))}")
     return results
 
 

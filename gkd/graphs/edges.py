@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
+from gkd.graphs.dense import padded_edges, to_padded
 from gkd.graphs.nearest import nearest
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.precision import full_precision
@@ -326,6 +328,24 @@ class CompleteEdges(AllPairsEdges):
     def extra_repr(self) -> str:
         """Arguments, for printing."""
         return f"{super().extra_repr()}, self_loops={self.self_loops}, nonnegative={self.nonnegative}"
+
+
+def signed_weights(graph: Data, edges: nn.Module | None) -> Tensor:
+    """Weights of the edges of a graph before cosines are clipped at 0; fillers weigh 0 all the same.
+
+    Args:
+        graph: A graph or a batch of graphs.
+        edges: What weighed the edges. Of a class without cosines, and for None, the weights are as they are.
+
+    Shapes:
+        - **output** [E]
+    """
+    if isinstance(edges, SimilarityEdges) and edges.metric == "cosine":
+        edge_index, _, mask = padded_edges(graph)
+        with full_precision(graph.x):
+            scores = edges.given_scores(edges.rows(Nodes(to_padded(graph.x, graph), mask=mask)), edge_index)
+        return scores if edges.self_loops else scores.where(edge_index[0] != edge_index[1], 0.0)
+    return padded_edges(graph)[1]
 
 
 def _positive(value: int, name: str) -> int:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from gkd.graphs.dense import layout, to_dense, to_padded
+from gkd.graphs.edges import signed_weights
 from gkd.graphs.eigen import Gauge, exact_eigenmaps, lowrank_eigenmaps
 from gkd.graphs.heat import Times, heat_kernel, heat_kernel_signature, heat_trace
 from gkd.graphs.laplacian import Normalization, connected, is_sparse, laplacian, node_degree
@@ -165,6 +166,7 @@ class Spectrum:
         normalization: As in :func:`~gkd.graphs.laplacian.laplacian`.
         method: As in :func:`eigenmaps`.
         damping: As in :func:`eigenmaps`.
+        edges: What weighed the edges, such as :class:`~gkd.graphs.KNNEdges`; None if it is not known.
 
     Examples:
         >>> graph = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), num_nodes=2)
@@ -175,8 +177,16 @@ class Spectrum:
         True
     """
 
-    def __init__(self, graph: Data, normalization: Normalization = "sym", method: Method = "auto", damping: float | None = None) -> None:
+    def __init__(
+        self,
+        graph: Data,
+        normalization: Normalization = "sym",
+        method: Method = "auto",
+        damping: float | None = None,
+        edges: nn.Module | None = None,
+    ) -> None:
         self.graph = graph
+        self.edges = edges
         self.normalization = normalization
         self.method = method
         self.damping = damping
@@ -198,6 +208,12 @@ class Spectrum:
         """True where a node exists, ``[B, N]``."""
         mask: Tensor = self._once("mask", lambda: layout(self.graph).mask)
         return mask
+
+    @property
+    def signed_weight(self) -> Tensor:
+        """Edge weights ``[E]`` before cosines are clipped at 0; where nothing is known to be clipped, the weights."""
+        weight: Tensor = self._once("signed_weight", lambda: signed_weights(self.graph, self.edges))
+        return weight
 
     @property
     def laplacian(self) -> Tensor:

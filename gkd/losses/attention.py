@@ -11,15 +11,15 @@ from gkd.graphs.precision import as_float
 def node_attention(x: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
     r"""Weighs the nodes of every graph by how strongly they respond.
 
-    .. math:: w_i = n \, \mathrm{softmax}_i \Big( \frac{1}{d} \sum_k |x_{ik}| \,/\, T \Big)
+    .. math:: w_i = n \, \mathrm{softmax}_i \Big( \frac{r_i}{T \, \bar r} \Big), \qquad r_i = \frac{1}{d} \sum_k |x_{ik}|
 
-    The mean over the nodes of a graph is 1, so that a weighted mean keeps its scale. Without gradient. Equivariant to permutations of the
-    nodes, invariant to permutations and signs of the features. Not invariant to scale: a network with larger features is guided more
-    sharply.
+    with the mean response :math:`\bar r` of the graph. The weights have mean 1 over the nodes of a graph, so that a weighted mean keeps its
+    scale. Without gradient. Equivariant to permutations of the nodes, invariant to permutations and signs of the features and to the
+    scale of a whole graph, so that one temperature suits every stage and network.
 
     Args:
         x: Node features; padded nodes are ignored, whatever they hold.
-        temperature: T > 0 in units of the features. Small: the strongest node takes all; ``inf``: every weight is 1.
+        temperature: T > 0, in units of the mean response. Small: the strongest node takes all; ``inf``: every weight is 1.
         mask: Which nodes exist; None for all.
 
     Shapes:
@@ -40,13 +40,13 @@ def node_attention(x: Tensor, temperature: float, mask: Tensor | None = None) ->
 def feature_attention(x: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
     r"""Weighs the features of every graph by how strongly its nodes respond in them.
 
-    .. math:: v_k = d \, \mathrm{softmax}_k \Big( \frac{1}{n} \sum_i |x_{ik}| \,/\, T \Big)
+    .. math:: v_k = d \, \mathrm{softmax}_k \Big( \frac{r_k}{T \, \bar r} \Big), \qquad r_k = \frac{1}{n} \sum_i |x_{ik}|
 
-    The counterpart of :func:`node_attention`: mean 1 over the features, without gradient.
+    The counterpart of :func:`node_attention`: mean 1 over the features, without gradient, invariant to the scale of a whole graph.
 
     Args:
         x: Node features; padded nodes are ignored, whatever they hold.
-        temperature: T > 0 in units of the features; ``inf``: every weight is 1.
+        temperature: T > 0, in units of the mean response; ``inf``: every weight is 1.
         mask: Which nodes exist; None for all.
 
     Shapes:
@@ -65,13 +65,13 @@ def feature_attention(x: Tensor, temperature: float, mask: Tensor | None = None)
 
 
 def channel_attention(features: Tensor, temperature: float) -> Tensor:
-    r"""Weighs the channels of a map: :math:`M_c = C \, \mathrm{softmax}_c(\mathrm{mean}_{hw} |F| / T)`.
+    r"""Weighs the channels of a map: :func:`node_attention` of channel nodes.
 
-    Mean 1 over the channels, without gradient.
+    .. math:: M_c = C \, \mathrm{softmax}_c \Big( \frac{\mathrm{mean}_{hw} |F|}{T \, \mathrm{mean}_{chw} |F|} \Big)
 
     Args:
         features: A feature map.
-        temperature: T > 0 in units of the features; ``inf``: every weight is 1.
+        temperature: T > 0, in units of the mean response; ``inf``: every weight is 1.
 
     Shapes:
         - **features** [B, C, h, w]; **output** [B, C]
@@ -84,13 +84,13 @@ def channel_attention(features: Tensor, temperature: float) -> Tensor:
 
 
 def spatial_attention(features: Tensor, temperature: float) -> Tensor:
-    r"""Weighs the places of a map: :math:`M_s = hw \, \mathrm{softmax}_{hw}(\mathrm{mean}_c |F| / T)`.
+    r"""Weighs the places of a map: :func:`feature_attention` of channel nodes.
 
-    Mean 1 over the places, without gradient.
+    .. math:: M_s = hw \, \mathrm{softmax}_{hw} \Big( \frac{\mathrm{mean}_c |F|}{T \, \mathrm{mean}_{chw} |F|} \Big)
 
     Args:
         features: A feature map.
-        temperature: T > 0 in units of the features; ``inf``: every weight is 1.
+        temperature: T > 0, in units of the mean response; ``inf``: every weight is 1.
 
     Shapes:
         - **features** [B, C, h, w]; **output** [B, h, w]
@@ -113,13 +113,18 @@ def guides(temperature: float | None) -> TypeGuard[float]:
     return temperature is not None and temperature != float("inf")
 
 
-def _softmax_of_mean_one(magnitude: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+def _softmax_of_mean_one(response: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     check_temperature(temperature)
-    if mask is None:
-        return magnitude.size(-1) * torch.softmax(magnitude / temperature, dim=-1)
-    lowest = torch.finfo(magnitude.dtype).min
-    share = torch.softmax((magnitude / temperature).where(mask, lowest), dim=-1)  # finite for a graph without nodes too
-    return mask.sum(dim=-1, keepdim=True) * share.where(mask, 0.0)
+    mask = torch.ones_like(response, dtype=torch.bool) if mask is None else mask
+    response = response.where(mask, 0.0)
+    count = mask.sum(dim=-1, keepdim=True)
+    # Divided by the largest response first: the mean of tiny or huge ones loses its digits.
+    top = response.amax(dim=-1, keepdim=True) if response.size(-1) else response.sum(dim=-1, keepdim=True)
+    share = response / top.where(top > 0, 1.0)
+    mean = share.sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    logits = share / (mean.where(mean > 0, 1.0) * temperature)
+    lowest = torch.finfo(logits.dtype).min  # finite for a graph without nodes too
+    return count * logits.where(mask, lowest).softmax(dim=-1).where(mask, 0.0)
 
 
 def _expect_map(features: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from gkd.graphs.dense import from_padded, to_padded
+from gkd.graphs.dense import from_padded, padded_edges, scatter_edges, to_padded
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.attention import check_temperature, guides, node_attention
@@ -38,11 +38,11 @@ def edge_loss(
         p_{ij} = \mathrm{softmax}_i (a_{ij} / \tau)
 
     'mse' and 'smooth_l1' (which differs from half of it beyond differences of :math:`\beta = 0.1`, where it is linear) are averages over
-    the edges of the teacher, those of weight 0 not being any. 'kl' reads the weights that arrive at a node as its attention, an edge of
-    weight 0 being one of the choices; a constant added to all of them changes nothing, and the average goes over the nodes that have an
-    edge. No factor
-    :math:`\tau^2` is applied. Fillers (self-loops of weight 0) have no influence. Unchanged by the order of the edges and by a
-    permutation of the nodes; the value grows neither with B nor with the number of nodes or edges.
+    the edges of the teacher: slots to which the teacher gives the weight 0 are none, whatever the student gives them, so that pruned graphs
+    have the same loss. 'kl' reads the weights that arrive at a node, of either sign, as the logits of its attention, a weight of 0 being
+    one of the choices; a constant added to all of them changes nothing, and the average goes over the nodes that have an
+    edge. No factor :math:`\tau^2` is applied. Fillers (self-loops of weight 0) have no influence. Unchanged by the order of the edges and
+    by a permutation of the nodes; the value grows neither with B nor with the number of nodes or edges.
 
     Args:
         student: Weights that the student gives to the edges.
@@ -73,17 +73,18 @@ def edge_loss(
     def per_graph(values: Tensor, graph: Tensor | None) -> Tensor:
         return values.view(num_graphs, -1).sum(dim=1) if graph is None else values.new_zeros(num_graphs).index_add(0, graph, values)
 
-    # A self-loop that both networks weigh is an edge, any other a filler.
-    exists = (source != target) | ((student != 0) & (teacher != 0))
     if distance != "kl":
-        values = _difference(student, teacher, distance)
+        exists = teacher != 0
+        values = _difference(student, teacher, distance).where(exists, 0.0)
         values = values if node_weight is None else values * (node_weight[source] * node_weight[target])
         graph = None if batch is None else batch[target]
-        count = per_graph((exists & (teacher != 0)).to(values.dtype), graph)
-        return mean_over_graphs(per_graph(values.where(exists, 0.0), graph) / count.clamp(min=1), mask)
+        return mean_over_graphs(per_graph(values, graph) / per_graph(exists.to(values.dtype), graph).clamp(min=1), mask)
 
-    own, other = (_log_softmax_at(weight / temperature, target, exists, num_nodes) for weight in (student, teacher))
-    at_node = student.new_zeros(num_nodes).index_add(0, target, (other.exp() * (other - own)).where(exists, 0.0))
+    # A self-loop that both networks weigh is an edge, any other a filler.
+    exists = (source != target) | ((student != 0) & (teacher != 0))
+    student_log, teacher_log = (_log_softmax_at(weight / temperature, target, exists, num_nodes) for weight in (student, teacher))
+    divergence = (teacher_log.exp() * (teacher_log - student_log)).where(exists, 0.0)
+    at_node = student.new_zeros(num_nodes).index_add(0, target, divergence)
     hears = student.new_zeros(num_nodes).index_add(0, target, exists.to(student.dtype)) > 0
     at_node = at_node if node_weight is None else at_node * node_weight
     return mean_over_graphs(per_graph(at_node, batch) / per_graph(hears.to(at_node.dtype), batch).clamp(min=1), mask)
@@ -99,8 +100,9 @@ def adjacency_loss(
 ) -> Tensor:
     """Compares two graphs that have edges of their own: :func:`edge_loss` over all the pairs of nodes.
 
-    A pair that is no edge weighs 0; for 'kl' it is one of the choices. Two complete graphs have the same loss here as there, and by
-    'mse' and 'smooth_l1' any two graphs over the same edges.
+    A pair that is no edge of the student weighs 0 there; one that is no edge of the teacher is left out by 'mse' and 'smooth_l1', and is
+    one of the choices of 'kl'. Two complete graphs have the same loss here as there, and by 'mse' and 'smooth_l1' any two graphs over the
+    same edges.
 
     Args:
         student: Adjacencies of the student's graphs.
@@ -123,14 +125,15 @@ def adjacency_loss(
     _check_options(distance, temperature)
     student, teacher = as_float(student), as_float(teacher.detach())
     if distance != "kl":
-        values = _difference(student, teacher, distance)
+        exists = teacher != 0
+        values = _difference(student, teacher, distance).where(exists, 0.0)
         values = values if node_weight is None else values * node_weight.unsqueeze(1) * node_weight.unsqueeze(2)
-        return mean_over_graphs(values.sum(dim=(1, 2)) / (teacher != 0).sum(dim=(1, 2)).clamp(min=1), mask)
+        return mean_over_graphs(values.sum(dim=(1, 2)) / exists.sum(dim=(1, 2)).clamp(min=1), mask)
     exists = mask.unsqueeze(1) & mask.unsqueeze(2) & ~torch.eye(mask.size(1), dtype=torch.bool, device=mask.device)
     exists = exists | ((student != 0) & (teacher != 0))
     lowest = torch.finfo(student.dtype).min
-    own, other = ((weight / temperature).where(exists, lowest).log_softmax(dim=1) for weight in (student, teacher))
-    at_node = (other.exp() * (other - own)).where(exists, 0.0).sum(dim=1)
+    student_log, teacher_log = ((weight / temperature).where(exists, lowest).log_softmax(dim=1) for weight in (student, teacher))
+    at_node = (teacher_log.exp() * (teacher_log - student_log)).where(exists, 0.0).sum(dim=1)
     at_node = at_node if node_weight is None else at_node * node_weight
     return mean_over_graphs(at_node.sum(dim=1) / exists.any(dim=1).sum(dim=1).clamp(min=1), mask)
 
@@ -140,7 +143,8 @@ class EdgeLoss(nn.Module):
 
     Graphs that share their edges, as :class:`~gkd.losses.GraphLoss` builds them, are compared edge by edge (:func:`edge_loss`), others
     by their dense adjacencies (:func:`adjacency_loss`). For a complete graph of instances, ``distance='kl'`` compares whom every image
-    attends to.
+    attends to. Its logits are the weights; those of cosines that :class:`~gkd.losses.GraphLoss` built are taken before they are clipped at
+    0, see :attr:`gkd.graphs.Spectrum.signed_weight`.
 
     Args:
         distance: 'mse', 'smooth_l1' or 'kl'.
@@ -175,12 +179,24 @@ class EdgeLoss(nn.Module):
             if guides(self.guidance):
                 node_weight = node_attention(to_padded(teacher.graph.x, teacher.graph), self.guidance, mask)
             if student.graph.edge_index is not teacher.graph.edge_index:
-                return adjacency_loss(student.adjacency, teacher.adjacency, mask, self.distance, self.temperature, node_weight)
-            edge_index = teacher.graph.edge_index
-            own, other = (_weights(spectrum) for spectrum in (student, teacher))
+                student_A, teacher_A = self._adjacency(student), self._adjacency(teacher)
+                return adjacency_loss(student_A, teacher_A, mask, self.distance, self.temperature, node_weight)
+            student_weight, teacher_weight = self._weights(student), self._weights(teacher)
             batch = None if _is_uniform(teacher.graph) else teacher.graph.batch
             node_weight = None if node_weight is None else from_padded(node_weight, teacher.graph)
-            return edge_loss(own, other, edge_index, mask, batch, self.distance, self.temperature, node_weight)
+            edge_index = teacher.graph.edge_index
+            return edge_loss(student_weight, teacher_weight, edge_index, mask, batch, self.distance, self.temperature, node_weight)
+
+    def _weights(self, spectrum: Spectrum) -> Tensor:
+        if self.distance == "kl":
+            return spectrum.signed_weight
+        weight = spectrum.graph.get("edge_weight")
+        return torch.ones(spectrum.graph.edge_index.size(1), device=spectrum.mask.device) if weight is None else weight
+
+    def _adjacency(self, spectrum: Spectrum) -> Tensor:
+        if self.distance != "kl":
+            return spectrum.adjacency
+        return scatter_edges(padded_edges(spectrum.graph)[0], as_float(spectrum.signed_weight), *spectrum.mask.shape)
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
@@ -196,11 +212,6 @@ def _is_uniform(graph: Data) -> bool:
         return False
     slices = getattr(graph, "_slice_dict", None) or {}
     return all(name in slices and len(set(slices[name].diff().tolist())) <= 1 for name in ("x", "edge_index"))
-
-
-def _weights(spectrum: Spectrum) -> Tensor:
-    weight = spectrum.graph.get("edge_weight")
-    return torch.ones(spectrum.graph.edge_index.size(1), device=spectrum.mask.device) if weight is None else weight
 
 
 def _difference(student: Tensor, teacher: Tensor, distance: Distance) -> Tensor:

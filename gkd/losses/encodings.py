@@ -88,7 +88,7 @@ def encoding_loss(
         student = _turn(student, teacher, alignment)
         if distance == "standardized":  # every column is a graph of its own
             columns = student.size(2)
-            student, teacher = (x.mT.reshape(-1, x.size(1), 1) for x in (student, teacher))
+            student, teacher = (x.mT.flatten(0, 1).unsqueeze(-1) for x in (student, teacher))
             mask = mask.repeat_interleave(columns, dim=0)
         return vertex_loss(student, teacher, mask, distance)
 

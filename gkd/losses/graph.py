@@ -134,7 +134,8 @@ class GraphLoss(nn.Module):
             teacher_map = teacher_map.detach()  # the nodes lift both to float32, after which a large map can go
             if student_map.numel() == 0 or teacher_map.numel() == 0:
                 return dict.fromkeys(wanted, 0 * student_map.sum())
-            student, teacher = map(Spectrum, self.graphs(student_map, teacher_map, *node_args))
+            student_graph, teacher_graph = self.graphs(student_map, teacher_map, *node_args)
+            student, teacher = Spectrum(student_graph, edges=self.builder.edges), Spectrum(teacher_graph, edges=self._teacher_builder.edges)
             return {name: term(student, teacher) for name, term in wanted.items()}
 
     def graphs(self, student_map: Tensor, teacher_map: Tensor, *node_args: Any) -> tuple[Batch, Batch]:
@@ -145,13 +146,16 @@ class GraphLoss(nn.Module):
                 f"Expected equally many channels for graphs that share their edges (got student {channels[0]}, teacher {channels[1]}): "
                 "send the student's map through a ChannelAdapter, or take topology='each'"
             )
-        build_teacher = self.builder if self.teacher_builder is None else self.teacher_builder
         student = self.builder(student_map, *node_args) if self.topology != "teacher" else None
         with torch.no_grad():
-            teacher = build_teacher(teacher_map, *node_args, edge_index=student if self.topology == "student" else None)
+            teacher = self._teacher_builder(teacher_map, *node_args, edge_index=student if self.topology == "student" else None)
         if student is None:
             student = self.builder(student_map, *node_args, edge_index=teacher)
         return student, teacher
+
+    @property
+    def _teacher_builder(self) -> GraphBuilder:
+        return self.builder if self.teacher_builder is None else self.teacher_builder
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""

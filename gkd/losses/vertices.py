@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
@@ -26,8 +27,7 @@ def _cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor, feature_wei
 
 
 def _standardized_distance(student: Tensor, teacher: Tensor, mask: Tensor, feature_weight: Tensor | None) -> Tensor:
-    square = (_standardize(student, mask) - _standardize(teacher, mask)).square() / 2
-    return square.mean(dim=-1) if feature_weight is None else (square * feature_weight.unsqueeze(1)).mean(dim=-1)
+    return _squared_distance(_standardize(student, mask), _standardize(teacher, mask), mask, feature_weight) / 2
 
 
 def _squared_distance(student: Tensor, teacher: Tensor, mask: Tensor, feature_weight: Tensor | None) -> Tensor:
@@ -40,20 +40,29 @@ def _standardize(x: Tensor, mask: Tensor) -> Tensor:
     exists = mask.unsqueeze(-1)
     x = x.where(exists, 0.0)
     count = (mask.sum(dim=1) * x.size(-1)).clamp(min=1).view(-1, 1, 1)
+    # The result depends on no scale, but the squares of tiny and of huge features leave the range of the floating point numbers.
+    top = x.detach().abs().amax(dim=(1, 2), keepdim=True) if x[:1].numel() else x.new_zeros(x.size(0), 1, 1)
+    x = x / top.where(top > torch.finfo(x.dtype).tiny ** 0.5, 1.0)
     centred = (x - x.sum(dim=(1, 2), keepdim=True) / count).where(exists, 0.0)
     variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
     # What rounding leaves of a constant is no variation.
     rounding = (64 * torch.finfo(x.dtype).eps) ** 2 * x.detach().square().sum(dim=(1, 2), keepdim=True) / count
-    varies = variance > rounding.clamp(min=torch.finfo(x.dtype).tiny)
+    varies = variance > rounding.clamp(min=torch.finfo(x.dtype).tiny ** 0.5)
     return centred * torch.where(varies, variance.where(varies, 1.0).rsqrt(), 0.0)
 
 
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    student_log, teacher_log = ((x / temperature).log_softmax(dim=-1) for x in (student, teacher))
+    return F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(dim=-1) * temperature**2
+
+
 LARGEST_DENSE = 1024  # nodes of a graph up to which messages go by dense products
-DISTANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+METRICS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "cosine": _cosine_distance,
     "standardized": _standardized_distance,
     "mse": _squared_distance,
 }
+DISTANCES = (*METRICS, "kl")
 
 
 def vertex_loss(
@@ -63,6 +72,7 @@ def vertex_loss(
     distance: str = "cosine",
     node_weight: Tensor | None = None,
     feature_weight: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     r"""Compares the features of matched nodes.
 
@@ -75,18 +85,22 @@ def vertex_loss(
     ``standardized``  :math:`\frac{1}{2d} \sum_k v_k (\hat x^s_{ik} - \hat x^t_{ik})^2`,       scale and shift of a whole graph
                       each graph's features brought to mean 0 and variance 1
     ``mse``           :math:`\frac{1}{d} \sum_k v_k (x^s_{ik} - x^t_{ik})^2`                   nothing
+    ``kl``            :math:`T^2 \, \mathrm{KL}\big( \sigma(x^t_i / T) \,\|\,                  shift of every node
+                      \sigma(x^s_i / T) \big)`, each node's features as logits
     ================= ======================================================================== ==================================
 
-    The first two are between 0 and 2 without weights, and equal to 1 where nothing agrees. All are unchanged by a permutation of the nodes
+    The first two are between 0 and 2 without weights, and equal to 1 where nothing agrees. Of channel nodes at full size, ``kl`` is the
+    channel-wise distillation of :func:`~gkd.losses.cwd_loss`. All are unchanged by a permutation of the nodes
     or features of both graphs. The value grows neither with B nor with n and d.
 
     Args:
         student: Features of the student's nodes.
         teacher: Features of the teacher's nodes; gets no gradient.
         mask: Which nodes exist; None for all. What else the features hold there has no influence.
-        distance: 'cosine', 'standardized' or 'mse'.
+        distance: 'cosine', 'standardized', 'mse' or 'kl'.
         node_weight: w, best of mean 1; None for ones.
-        feature_weight: v >= 0, best of mean 1; None for ones.
+        feature_weight: v >= 0, best of mean 1; None for ones. Not with 'kl', whose features are one distribution.
+        temperature: T of 'kl', in units of the features.
 
     Shapes:
         - **student**, **teacher** [B, n, d], **mask** and **node_weight** [B, n], **feature_weight** [B, d]; **output** scalar
@@ -95,7 +109,10 @@ def vertex_loss(
         Finite everywhere; 0 at a zero row (cosine) and at a graph without variation (standardized), where the distance has no slope.
 
     Raises:
-        ValueError: If the shapes differ or the distance is unknown.
+        ValueError: If the shapes differ, or an option or their combination is unknown.
+
+    References:
+        Shu, Liu, Gao, Yan, Shen: Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021.
 
     Examples:
         >>> x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
@@ -107,12 +124,16 @@ def vertex_loss(
             f"Expected equal features [B, n, d] in student and teacher (got student {list(student.shape)}, teacher {list(teacher.shape)}): "
             "send the student's map through a ChannelAdapter, or give the builder's nodes a common grid"
         )
-    if distance not in DISTANCES:
-        raise ValueError(f"Expected 'distance' to be one of {', '.join(DISTANCES)} (got '{distance}')")
+    _check_options(distance, DISTANCES, temperature)
+    if distance == "kl" and feature_weight is not None:
+        raise ValueError("Expected feature_weight=None with distance='kl', which compares the features of a node as one distribution")
     with full_precision(student):
         student, teacher = as_float(student), as_float(teacher.detach())
         mask = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask
-        values = DISTANCES[distance](student, teacher, mask, feature_weight)
+        if distance == "kl":
+            values = _divergence(student, teacher, temperature)
+        else:
+            values = METRICS[distance](student, teacher, mask, feature_weight)
         return mean_over_nodes(values if node_weight is None else values * node_weight, mask)
 
 
@@ -120,41 +141,45 @@ class VertexLoss(nn.Module):
     """Compares the features of matched nodes, guided by where the teacher responds; see :func:`vertex_loss`.
 
     Args:
-        guidance: Temperature of the attention that weighs nodes and features by the teacher's responses, see
+        guidance: Temperature of the attention that weighs nodes and features (of 'kl' the nodes alone) by the teacher's responses, see
             :func:`~gkd.losses.node_attention`; None or ``inf`` weighs all alike.
-        distance: 'cosine', 'standardized' or 'mse'.
+        distance: 'cosine', 'standardized', 'mse' or 'kl'.
+        temperature: Of 'kl', in units of the features.
 
     Shapes:
         - **student**, **teacher**: graphs of equally many nodes with equally many features; **output** scalar
 
     Raises:
-        ValueError: If ``guidance`` is not positive, the distance is unknown, or the graphs do not match.
+        ValueError: If a temperature is not positive, the distance is unknown, or the graphs do not match.
     """
 
     matched_nodes = True
     matched_features = True
 
-    def __init__(self, guidance: float | None = None, distance: str = "cosine") -> None:
+    def __init__(self, guidance: float | None = None, distance: str = "cosine", temperature: float = 1.0) -> None:
         super().__init__()
         check_temperature(guidance)
-        if distance not in DISTANCES:
-            raise ValueError(f"Expected 'distance' to be one of {', '.join(DISTANCES)} (got '{distance}')")
+        _check_options(distance, DISTANCES, temperature)
         self.guidance = guidance
         self.distance = distance
+        self.temperature = temperature
 
     def forward(self, student: Batch | Spectrum, teacher: Batch | Spectrum) -> Tensor:
         """Returns the loss of two batches of graphs."""
         student, teacher = Spectrum.of(student), Spectrum.of(teacher)
         check_matched(student.mask, teacher.mask)
-        mask, own, other = student.mask, to_padded(student.graph.x, student.graph), to_padded(teacher.graph.x, teacher.graph)
-        if not guides(self.guidance):
-            return vertex_loss(own, other, mask, self.distance)
-        node_weight, feature_weight = node_attention(other, self.guidance, mask), feature_attention(other, self.guidance, mask)
-        return vertex_loss(own, other, mask, self.distance, node_weight, feature_weight)
+        mask = student.mask
+        student_x, teacher_x = to_padded(student.graph.x, student.graph), to_padded(teacher.graph.x, teacher.graph)
+        node_weight = feature_weight = None
+        if guides(self.guidance):
+            node_weight = node_attention(teacher_x, self.guidance, mask)
+            feature_weight = None if self.distance == "kl" else feature_attention(teacher_x, self.guidance, mask)
+        return vertex_loss(student_x, teacher_x, mask, self.distance, node_weight, feature_weight, self.temperature)
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
-        return f"guidance={self.guidance}, distance={self.distance!r}"
+        temperature = f", temperature={self.temperature}" if self.distance == "kl" else ""
+        return f"guidance={self.guidance}, distance={self.distance!r}{temperature}"
 
 
 class MessageLoss(nn.Module):
@@ -182,8 +207,7 @@ class MessageLoss(nn.Module):
 
     def __init__(self, conv: nn.Module | None = None, distance: str = "standardized") -> None:
         super().__init__()
-        if distance not in DISTANCES:
-            raise ValueError(f"Expected 'distance' to be one of {', '.join(DISTANCES)} (got '{distance}')")
+        _check_options(distance, METRICS)
         self.conv = RelationalConv("feature") if conv is None else conv
         self.distance = distance
 
@@ -197,9 +221,10 @@ class MessageLoss(nn.Module):
         student, teacher = Spectrum.of(student), Spectrum.of(teacher)
         check_matched(student.mask, teacher.mask)
         with full_precision(student.graph.x):
-            own = self._messages(student)
-            other = self._messages(teacher).detach()
-        return vertex_loss(own, other, student.mask, self.distance)
+            student_messages = self._messages(student)
+            with torch.no_grad():
+                teacher_messages = self._messages(teacher)
+        return vertex_loss(student_messages, teacher_messages, student.mask, self.distance)
 
     def _messages(self, spectrum: Spectrum) -> Tensor:
         graph, conv = spectrum.graph, self.conv
@@ -224,3 +249,10 @@ def _dense_messages(spectrum: Spectrum, x: Tensor, conv: RelationalConv) -> Tens
         x = spectrum.adjacency.mT @ x if factor is None else factor @ (factor.mT @ x)
         x = x * scale if conv.normalize else x
     return x
+
+
+def _check_options(distance: str, allowed: Collection[str], temperature: float = 1.0) -> None:
+    if distance not in allowed:
+        raise ValueError(f"Expected 'distance' to be one of {', '.join(allowed)} (got '{distance}')")
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0 (got {temperature})")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
+from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.dense import to_dense
-from gkd.graphs.edges import CompleteEdges, KNNEdges
-from gkd.graphs.nodes import PatchNodes
+from gkd.graphs.edges import CompleteEdges, KNNEdges, RadiusEdges
+from gkd.graphs.nodes import InstanceNodes, PatchNodes
 from gkd.graphs.testing import fixture_graphs, path_graph
-from gkd.losses import EdgeLoss, adjacency_loss, edge_loss, node_attention
+from gkd.losses import EdgeLoss, GraphLoss, adjacency_loss, edge_loss, node_attention
 
 DISTANCES = ["mse", "smooth_l1", "kl"]
 PAIR = torch.tensor([[0, 1, 2, 1], [1, 0, 1, 2]])  # 0 - 1 - 2
@@ -140,6 +141,68 @@ class TestEveryDistance:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value = EdgeLoss(distance, guidance=0.5)(student, teacher)
         assert torch.equal(value, EdgeLoss(distance, guidance=0.5)(student, teacher))
+
+
+def one_edge(n):
+    """A teacher with the edge 0 - 1 alone, and a student that relates all pairs."""
+    teacher = torch.zeros(1, n, n)
+    teacher[0, 0, 1] = teacher[0, 1, 0] = 0.5
+    return torch.ones(1, n, n), teacher, torch.ones(1, n, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_the_value_is_bounded_whatever_the_number_of_nodes(distance, n):
+    student, teacher, mask = one_edge(n)
+    expected = 0.25 if distance == "mse" else 0.45
+    assert adjacency_loss(student, teacher, mask, distance).item() == pytest.approx(expected)
+    edge_index = torch.ones(n, n).nonzero().T
+    source, target = edge_index
+    slots = edge_loss(student[0, source, target], teacher[0, source, target], edge_index, mask, None, distance)
+    assert slots.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
+@pytest.mark.parametrize("edges", [KNNEdges(k=5), CompleteEdges(), CompleteEdges(self_loops=True), RadiusEdges(1.0, "cosine")])
+def test_slots_of_weight_0_have_no_influence(distance, edges):
+    """Half of these cosines are negative, and so are clipped to 0."""
+    student, teacher = (torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    student[:, :, 0, 0] = 0  # a zero row, whose self-loop weighs 0
+    values = {}
+    for prune in (False, True):
+        loss = GraphLoss(GraphBuilder(PatchNodes(), edges, prune=prune), {"edge": EdgeLoss(distance, guidance=0.5)})
+        values[prune] = loss(student, teacher)["edge"]
+        graphs = loss.graphs(student, teacher)
+        assert (graphs[1].edge_weight == 0).any() == (not prune)
+    torch.testing.assert_close(values[True], values[False])
+    graphs[0].edge_index = graphs[0].edge_index.clone()  # no longer the same edge list: compared densely
+    torch.testing.assert_close(EdgeLoss(distance, guidance=0.5)(*graphs), values[True])
+
+
+@pytest.mark.parametrize("topology", ["teacher", "each"])
+@pytest.mark.parametrize("edges", [CompleteEdges(), KNNEdges(k=3)])
+def test_attention_over_instances_does_not_clip_cosines(topology, edges):
+    """Around their mean, six images have negative cosines nearly all."""
+    student, teacher = (torch.randn(6, 16, 2, 2, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    student.requires_grad_()
+    loss = GraphLoss(GraphBuilder(InstanceNodes(center=True), edges), {"edge": EdgeLoss("kl")}, topology=topology)
+    value = loss(student, teacher)["edge"]
+    value.backward()
+    assert value.item() > 0.05
+    assert (student.grad.flatten(1).abs().sum(1) > 0).all()
+    if isinstance(edges, CompleteEdges):
+        student_x, teacher_x = ((x - x.mean(0)).flatten(1) for x in (student.detach(), teacher))
+        logits = [torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).T / 0.1 for x in (student_x, teacher_x)]
+        student_log, teacher_log = (z.fill_diagonal_(float("-inf")).log_softmax(1) for z in logits)
+        expected = (teacher_log.exp() * (teacher_log - student_log)).nan_to_num().sum() / 6
+        torch.testing.assert_close(value.detach(), expected)
+
+
+def test_other_weights_than_cosines_are_taken_as_they_are():
+    student, teacher = (torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for edges in (CompleteEdges("euclidean"), AttentionEdges()):
+        loss = GraphLoss(GraphBuilder(PatchNodes(), edges), {"edge": EdgeLoss("kl")})
+        torch.testing.assert_close(loss(student, teacher)["edge"], EdgeLoss("kl")(*loss.graphs(student, teacher)))
 
 
 def test_constant_added_to_the_weights_at_a_node_is_not_attention():

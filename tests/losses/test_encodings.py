@@ -212,3 +212,11 @@ def test_mistakes():
     walks = [AddEncoding(RandomWalkEncoding(length))(path_graph(4)) for length in (2, 3)]
     with pytest.raises(ValueError, match=r"Expected equal encodings .*student \[1, 4, 2\], teacher \[1, 4, 3\]"):
         EncodingLoss()(*walks)
+
+
+@pytest.mark.parametrize(("distance", "alignment"), OPTIONS)
+def test_graphs_without_nodes(distance, alignment):
+    student = torch.zeros(3, 0, 4, requires_grad=True)
+    value = encoding_loss(student, torch.zeros(3, 0, 4), None, distance, alignment)
+    value.backward()
+    assert value.item() == 0

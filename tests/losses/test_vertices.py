@@ -9,11 +9,12 @@ from torch_geometric.data import Batch, Data
 from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.edges import CompleteEdges, KNNEdges
 from gkd.graphs.message import RelationalConv
-from gkd.graphs.nodes import PatchNodes
+from gkd.graphs.nodes import ChannelNodes, PatchNodes
 from gkd.graphs.testing import fixture_graphs, path_graph
-from gkd.losses import MessageLoss, VertexLoss, feature_attention, node_attention, vertex_loss
+from gkd.losses import CWDLoss, MessageLoss, VertexLoss, feature_attention, node_attention, vertex_loss
 
-DISTANCES = ["cosine", "standardized", "mse"]
+DISTANCES = ["cosine", "standardized", "mse", "kl"]
+MESSAGE_DISTANCES = DISTANCES[:3]
 
 
 def nodes(batch=2, n=5, d=4, dtype=torch.float64, seed=0):
@@ -55,6 +56,8 @@ class TestEveryDistance:
         whole = vertex_loss(3 * student + 2, teacher, distance=distance).item()
         assert (per_node == pytest.approx(value)) == (distance == "cosine")
         assert (whole == pytest.approx(value)) == (distance == "standardized")
+        shifted = vertex_loss(student + torch.rand(2, 5, 1, dtype=torch.float64), teacher, distance=distance).item()
+        assert (shifted == pytest.approx(value)) == (distance == "kl")
 
     def test_permutations(self, distance):
         student, teacher = nodes(seed=1), nodes(seed=2)
@@ -81,7 +84,7 @@ class TestEveryDistance:
         assert teacher.grad is None
 
     def test_gradient(self, distance):
-        weight = torch.rand(2, 4, dtype=torch.float64) + 0.5
+        weight = None if distance == "kl" else torch.rand(2, 4, dtype=torch.float64) + 0.5
         teacher = nodes(seed=2)
         torch.autograd.gradcheck(
             lambda x: vertex_loss(x, teacher, distance=distance, feature_weight=weight), nodes(seed=1).requires_grad_()
@@ -105,6 +108,42 @@ class TestEveryDistance:
             value = vertex_loss(student, teacher, distance=distance)
         assert torch.equal(value, vertex_loss(student, teacher, distance=distance))
         assert vertex_loss(student.bfloat16(), teacher.bfloat16(), distance=distance).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-14, 1e-6, 1e18, 1e30])
+def test_standardized_features_may_be_tiny_or_huge(scale):
+    student, teacher = nodes(dtype=torch.float32, seed=1), nodes(dtype=torch.float32, seed=2)
+    value = vertex_loss(student, teacher, distance="standardized")
+    scaled = (scale * student).requires_grad_()
+    outcome = vertex_loss(scaled, teacher, distance="standardized")
+    outcome.backward()
+    torch.testing.assert_close(outcome, value)
+    assert scaled.grad.isfinite().all()
+    assert scaled.grad.abs().sum() > 0
+    torch.testing.assert_close(vertex_loss(student, scale * teacher, distance="standardized"), value)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kl_of_channel_nodes_is_channel_wise_distillation(temperature):
+    student, teacher = (torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    build = GraphBuilder(ChannelNodes(), KNNEdges(k=2))
+    student.requires_grad_()
+    value = VertexLoss(distance="kl", temperature=temperature)(build(student), build(teacher))
+    expected = CWDLoss(temperature)(student, teacher)
+    torch.testing.assert_close(value, expected)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (value, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_kl_is_guided_by_nodes_alone():
+    student, teacher = graph(0), graph(1)
+    x, y = student.x.view(3, 9, 4), teacher.x.view(3, 9, 4)
+    expected = vertex_loss(x, y, distance="kl", node_weight=node_attention(y, 0.5), temperature=2.0)
+    torch.testing.assert_close(VertexLoss(0.5, "kl", temperature=2.0)(student, teacher), expected)
+    with pytest.raises(ValueError, match="Expected feature_weight=None with distance='kl'"):
+        vertex_loss(x, y, distance="kl", feature_weight=torch.ones(3, 4))
+    with pytest.raises(ValueError, match=r"Expected a temperature above 0 \(got 0\)"):
+        VertexLoss(distance="kl", temperature=0)
 
 
 def graph(seed=0, k=2):
@@ -141,7 +180,7 @@ def test_ragged_graphs():
 @pytest.mark.parametrize(
     "conv", [RelationalConv("feature"), RelationalConv("difference", hops=2), RelationalConv("distance"), RelationalConv("cosine")]
 )
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("distance", MESSAGE_DISTANCES)
 def test_messages_are_those_of_the_convolution(conv, distance):
     student, teacher = graph(0), graph(1)
     heard = [conv(g.x, g.edge_index, g.edge_weight).view(3, 9, -1) for g in (student, teacher)]
@@ -218,9 +257,10 @@ def test_one_graph_is_a_batch_of_one(loss):
 
 
 def test_unknown_distance():
-    for make in (VertexLoss, MessageLoss):
-        with pytest.raises(ValueError, match=r"Expected 'distance' to be one of cosine, standardized, mse \(got 'l1'\)"):
-            make(distance="l1")
+    with pytest.raises(ValueError, match=r"Expected 'distance' to be one of cosine, standardized, mse, kl \(got 'l1'\)"):
+        VertexLoss(distance="l1")
+    with pytest.raises(ValueError, match=r"Expected 'distance' to be one of cosine, standardized, mse \(got 'kl'\)"):
+        MessageLoss(distance="kl")
     with pytest.raises(ValueError, match="Expected 'distance'"):
         vertex_loss(nodes(), nodes(), distance="l1")
 

@@ -2,8 +2,22 @@
 
 from gkd.models.adapters import ChannelAdapter
 from gkd.models.classifiers import build_classifier
-from gkd.models.taps import FeatureTaps, tokens_to_map
+from gkd.models.listing import TapShape, list_taps
+from gkd.models.maps import tokens_to_map
+from gkd.models.outputs import read_logits
+from gkd.models.taps import FeatureTaps
 from gkd.models.teacher import Teacher
 from gkd.models.weights import load_weights, read_weights
 
-__all__ = ["ChannelAdapter", "FeatureTaps", "Teacher", "build_classifier", "load_weights", "read_weights", "tokens_to_map"]
+__all__ = [
+    "ChannelAdapter",
+    "FeatureTaps",
+    "TapShape",
+    "Teacher",
+    "build_classifier",
+    "list_taps",
+    "load_weights",
+    "read_logits",
+    "read_weights",
+    "tokens_to_map",
+]

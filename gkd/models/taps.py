@@ -9,37 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkd.models.maps import Size, channels_last, extra_tokens, probe_other_size, single_tensor, token_grid, tokens_to_map
+from gkd.models.modes import evaluating
 from gkd.models.names import near
+from gkd.models.teacher import Teacher
 from gkd.models.wrappers import layers
 
-_GRID = re.compile(r"(?P<path>.+)@(?P<height>[1-9]\d*)x(?P<width>[1-9]\d*)")
-
-
-def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Lays the tokens of a transformer out as the feature map that a convolutional network would have.
-
-    The patches are the *last* h*w tokens, row by row: class and register tokens, which come first, are left out.
-
-    Args:
-        tokens: Tokens, or a map with the channels last, as Swin has.
-        grid: Rows and columns of patches (h, w).
-
-    Shapes:
-        - **tokens** [B, N, C] with N >= h*w, or [B, h, w, C]; **output** [B, C, h, w], a view in channels_last order
-
-    Raises:
-        ValueError: If the tokens cannot fill the grid.
-
-    Examples:
-        >>> tokens_to_map(torch.zeros(2, 197, 768), (14, 14)).shape
-        torch.Size([2, 768, 14, 14])
-    """
-    height, width = grid
-    if tokens.dim() == 3 and tokens.size(1) >= height * width:
-        tokens = tokens[:, -height * width :].unflatten(1, (height, width))
-    if tokens.dim() != 4 or tuple(tokens.shape[1:3]) != (height, width):
-        raise ValueError(f"Expected tokens [B, N, C] with N >= {height * width}, or [B, {height}, {width}, C] (got {list(tokens.shape)})")
-    return tokens.permute(0, 3, 1, 2)
+_GRID = re.compile(r"(?P<path>.+)@(?:auto|(?P<height>[1-9]\d*)x(?P<width>[1-9]\d*))")
 
 
 class _Calls:
@@ -66,13 +42,14 @@ class _Recorder:
         self.overwritten: dict[tuple[str, bool], bool] = {}
 
     def record(self, path: str, training: bool, output: object) -> None:
-        if not isinstance(output, Tensor):
+        tensor = single_tensor(output)
+        if tensor is None:
             raise TypeError(f"Expected the module at {path!r} to return a tensor (got {type(output).__name__}); tap a module inside it")
         key = (path, training)
-        self.maps[path] = output if self.overwritten.get(key) is False else output.clone()
+        self.maps[path] = tensor if self.overwritten.get(key) is False else tensor.clone()
         # Neither compiled code nor inference mode counts versions: what is not known by then is cloned every time.
-        if not torch.compiler.is_compiling() and not output.is_inference():
-            self.seen[key] = (output, output._version)
+        if not torch.compiler.is_compiling() and not tensor.is_inference():
+            self.seen[key] = (tensor, tensor._version)
 
     def learn(self) -> None:
         """Finds out, after a forward pass, which outputs were overwritten in place since they were recorded."""
@@ -118,10 +95,13 @@ class FeatureTaps:
     copied and pickled; a copy of the taps together with their model works on the copy. Make the taps before a compiled
     model is called for the first time.
 
+    Of images [B, C, H, W] every map comes as [B, C, h, w]. Where a module has its channels last, as in Swin and inside ConvNeXt, they are
+    moved to the front, and `path@auto` lays the tokens of a transformer out by its own grid of patches.
+
     Args:
         model: Any network, also inside `torch.compile`, `DistributedDataParallel` or :class:`Teacher`.
-        paths: Module paths inside the network, as in `model.named_modules()`. `path@HxW` lays the tokens of a transformer out
-            as a map (see tokens_to_map): 'blocks.11@14x14'.
+        paths: Module paths inside the network, as in `model.named_modules()`; a negative number counts from the end: 'layer1.-1.relu'.
+            'blocks.11@auto' or 'blocks.11@14x14' lays tokens out as a map (see tokens_to_map).
 
     Raises:
         ValueError: If there is no module of that path; the nearest are listed.
@@ -139,17 +119,19 @@ class FeatureTaps:
     def __init__(self, model: nn.Module, paths: str | Iterable[str]) -> None:
         self.model = model
         self.paths = tuple(dict.fromkeys([paths] if isinstance(paths, str) else paths))
-        self._grids: dict[str, tuple[int, int]] = {}
+        self._grids: dict[str, Size | None] = {}  # of the paths with an @; None: the model's own grid
+        self._channels_last: dict[str, bool] = {}
         self._recorder = _Recorder()
         self._shapes: dict[tuple[int, ...], dict[str, torch.Size]] = {}
         wrapped = list(layers(model))
-        found = [self._find(path, wrapped) for path in self.paths]
+        matches = [self._find(path, wrapped) for path in self.paths]
+        self._modules = {path: module for path, (_, module) in zip(self.paths, matches, strict=True)}
         # Shapes are probed in what holds the paths, without what is wrapped around it (compiled code, other processes).
-        self._root = wrapped[min((layer for layer, _ in found), default=0)]
+        depth = min((layer for layer, _ in matches), default=0)
+        self._root = wrapped[depth]
+        self._resizing = next((layer for layer in wrapped[:depth] if isinstance(layer, Teacher)), None)
         self._closed = False
-        self._handles = [
-            module.register_forward_hook(_Hook(path, self._recorder)) for path, (_, module) in zip(self.paths, found, strict=True)
-        ]
+        self._handles = [module.register_forward_hook(_Hook(path, self._recorder)) for path, module in self._modules.items()]
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Calls the model.
@@ -158,7 +140,7 @@ class FeatureTaps:
             The model's output and the tapped {path: feature map}, in the order of the paths.
 
         Raises:
-            ValueError: If a tapped module was not reached.
+            ValueError: If a tapped module was not reached, or its output cannot be read as a map.
             TypeError: If a tapped module returned something other than a tensor.
         """
         return self._call(self.model, *args, **kwargs)
@@ -173,21 +155,17 @@ class FeatureTaps:
             input_size: Size of one input, (3, 32, 32).
             batch: Number of inputs: the first size of every shape.
         """
+        if self._resizing is not None:
+            input_size = (input_size[0], *self._resizing.image_size(input_size[1:]))
         key = (batch, *input_size)
         if key not in self._shapes:
             model = self._root
             parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-            modes = {module: module.training for module in model.modules()}
             devices = [parameter.device] if parameter.is_cuda else []
             # Only where something may be compiled: the import behind set_stance takes seconds.
             eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-            try:
-                model.eval()
-                with torch.no_grad(), torch.random.fork_rng(devices=devices), eager:
-                    _, features = self._call(model, parameter.new_zeros(key))
-            finally:
-                for module, training in modes.items():
-                    module.training = training
+            with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=devices), eager:
+                _, features = self._call(model, parameter.new_zeros(key))
             self._shapes[key] = {path: feature.shape for path, feature in features.items()}
         return dict(self._shapes[key])
 
@@ -203,13 +181,14 @@ class FeatureTaps:
         match = _GRID.fullmatch(path)
         name = match["path"] if match else path
         if match:
-            self._grids[path] = (int(match["height"]), int(match["width"]))
-        known: dict[str, nn.Module] = {}
+            self._grids[path] = (int(match["height"]), int(match["width"])) if match["height"] else None
+        names: list[str] = []
         for layer, model in enumerate(wrapped):
-            known = {known_name: module for known_name, module in model.named_modules(remove_duplicate=False) if known_name}
-            if name in known:
-                return layer, known[name]
-        raise ValueError(f"Expected the path of a module of {type(wrapped[-1]).__name__}, such as {near(name, known)} (got {path!r})")
+            module = _descend(model, name)
+            if module is not None:
+                return layer, module
+            names = [candidate for candidate, _ in model.named_modules(remove_duplicate=False) if candidate]
+        raise ValueError(f"Expected the path of a module of {type(wrapped[-1]).__name__}, such as {near(name, names)} (got {path!r})")
 
     def _call(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         if self._closed:
@@ -230,7 +209,78 @@ class FeatureTaps:
                 f"Expected the forward pass to call the modules at {', '.join(self.paths)} (got no call of {', '.join(missed)}); "
                 "tap a module that is called, and make the taps before the first call of a compiled model"
             )
-        features = {path: maps[path] for path in self.paths}
-        for path, grid in self._grids.items():
-            features[path] = tokens_to_map(features[path], grid)
-        return output, features
+        images = args[0] if args and isinstance(args[0], Tensor) and args[0].dim() == 4 else None
+        return output, {path: self._as_map(path, maps[path], images) for path in self.paths}
+
+    def _as_map(self, path: str, output: Tensor, images: Tensor | None) -> Tensor:
+        """Moves the channels of a module's output to the front and lays tokens out; where no images came in, only what is asked for."""
+        if images is None:
+            grid = self._grids.get(path)
+            return output if grid is None else tokens_to_map(output, grid)
+        size: Size = (images.size(2), images.size(3))
+        if self._resizing is not None:
+            size = self._resizing.image_size(size)
+        if output.dim() in (3, 4) and output.size(0) != images.size(0):
+            raise ValueError(
+                f"Expected one map for each of the {images.size(0)} images at {path!r} (got {list(output.shape)}); tap a module around it"
+            )
+        if output.dim() == 3:
+            return self._lay_out(path, output, size)
+        if output.dim() == 4:
+            grid = self._grids.get(path)
+            if grid is not None:
+                return tokens_to_map(output, grid)
+            return output.permute(0, 3, 1, 2) if self._has_channels_last(path, output, (images.size(1), *size)) else output
+        if path in self._grids:
+            raise ValueError(f"Expected tokens or a map at {path!r} (got {list(output.shape)}); leave out what follows the @")
+        return output
+
+    def _lay_out(self, path: str, tokens: Tensor, size: Size) -> Tensor:
+        natural = token_grid(self._root, tokens.size(1), size)
+        if path not in self._grids:
+            example = "@HxW, the rows and columns of its patches" if natural is None else f"@{natural[0]}x{natural[1]}"
+            raise ValueError(
+                f"Expected a map [B, C, h, w] or a vector [B, C] at {path!r} (got tokens {list(tokens.shape)}); to lay them out as a map, "
+                f"write '{path}@auto' or '{path}{example}'"
+            )
+        grid = self._grids[path] or natural
+        if grid is None:
+            raise ValueError(
+                f"Expected tokens that form a grid of the shape of the images, {size[0]}x{size[1]}, at {path!r} "
+                f"(got {list(tokens.shape)}); give the rows and columns, as in '14x14' for 'auto'"
+            )
+        if natural is not None and grid != natural:
+            raise ValueError(
+                f"Expected the grid {natural[0]}x{natural[1]} for {tokens.size(1)} tokens of images {size[0]}x{size[1]} "
+                f"(got {path!r}); write @auto or that grid"
+            )
+        return tokens_to_map(tokens, grid, extra_tokens(self._root))
+
+    def _has_channels_last(self, path: str, output: Tensor, input_size: Sequence[int]) -> bool:
+        if path not in self._channels_last:
+            size: Size = (input_size[1], input_size[2])
+            last = channels_last(output.shape, size, self._modules[path], lambda: self._probe_other_size(path, input_size))
+            if last is None:
+                raise ValueError(
+                    f"Expected to see which axes of the output of {path!r} are height and width (got {list(output.shape)} of images "
+                    f"{size[0]}x{size[1]}, and a network that is asked for no other size); tap a module before or after it"
+                )
+            self._channels_last[path] = last
+        return self._channels_last[path]
+
+    def _probe_other_size(self, path: str, input_size: Sequence[int]) -> torch.Size | None:
+        if torch.compiler.is_compiling():
+            return None
+        return probe_other_size(self._root, {path: self._modules[path]}, input_size).get(path)
+
+
+def _descend(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, in which a negative number counts the children from the end; None where there is none."""
+    module: nn.Module | None = model if path else None
+    for part in path.split("."):
+        if module is None:
+            break
+        children = list(module._modules.values())
+        from_end = re.fullmatch(r"-[1-9]\d*", part) is not None and int(part[1:]) <= len(children)
+        module = children[int(part)] if from_end else module._modules.get(part)
+    return module

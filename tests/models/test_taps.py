@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gkd.models import FeatureTaps, Teacher, tokens_to_map
-from gkd.models.cifar import resnet8, wrn_16_1
+from gkd.models import FeatureTaps, Teacher
+from gkd.models.cifar import resnet8, resnet20, wrn_16_1
 
 
 class Overwriting(nn.Module):
@@ -310,31 +310,6 @@ def test_compiled_model(images):
     torch.testing.assert_close(whole(images), expected)
 
 
-def test_tokens_to_map_hand_value():
-    # One class token, then the patches row by row: patch (row, column) carries 10 row + column.
-    patches = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 12.0])
-    tokens = torch.cat([torch.tensor([99.0]), patches]).view(1, 7, 1)
-    expected = torch.tensor([[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]]).view(1, 1, 2, 3)
-    assert torch.equal(tokens_to_map(tokens, (2, 3)), expected)
-    assert torch.equal(tokens_to_map(expected.permute(0, 2, 3, 1), (2, 3)), expected)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 3, 2, 8), (2, 8)])
-def test_tokens_that_do_not_fill_the_grid(shape):
-    with pytest.raises(ValueError, match=r"Expected tokens \[B, N, C\] with N >= 6"):
-        tokens_to_map(torch.zeros(shape), (2, 3))
-
-
-def test_transformer_taps_as_maps():
-    torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.VisionTransformer(16, 4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
-    path = "encoder.layers.encoder_layer_0"
-    taps = FeatureTaps(model, [path, f"{path}@4x4"])
-    assert taps.shapes((3, 16, 16)) == {path: (2, 17, 8), f"{path}@4x4": (2, 8, 4, 4)}
-    with pytest.raises(ValueError, match="such as encoder"):
-        FeatureTaps(model, "encoder.layer@4x4")
-
-
 def test_saved_model_with_taps_loads(images):
     model = resnet8().eval()
     taps = FeatureTaps(model, ["layer1"])
@@ -343,3 +318,32 @@ def test_saved_model_with_taps_loads(images):
     torch.save(model, buffer)
     buffer.seek(0)
     torch.testing.assert_close(torch.load(buffer, weights_only=False)(images), expected)
+
+
+@pytest.mark.parametrize(("path", "module"), [("layer2.-1.bn2", "layer2.2.bn2"), ("-1", "fc"), ("layer1.-3", "layer1.0")])
+def test_negative_numbers_count_from_the_end(images, path, module):
+    model = resnet20().eval()
+    _, features = FeatureTaps(model, [path, module])(images)
+    assert torch.equal(features[path], features[module])
+
+
+@pytest.mark.parametrize("path", ["layer1.-4", "layer1.-0", "-99"])
+def test_negative_numbers_beyond_the_start(path):
+    with pytest.raises(ValueError, match="Expected the path of a module of ResNet"):
+        FeatureTaps(resnet20(), path)
+
+
+def test_tuple_of_one_tensor(images):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return (x + 1,)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    torch.testing.assert_close(FeatureTaps(Network(), "layer")(images)[1]["layer"], images + 1)

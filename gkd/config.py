@@ -18,7 +18,8 @@ import gin.config_parser as config_parser
 
 from gkd.errors import UserError
 
-MODULES = ("gkd.graphs", "gkd.losses", "gkd.models", "gkd.distill", "gkd.data", "gkd.engine")
+PARTS = ("graphs", "losses", "models", "distill", "data", "engine", "tasks", "detection", "detection.d2", "sweep")
+MODULES = tuple(f"gkd.{part}" for part in PARTS)
 ROOT = Path(__file__).resolve().parents[1]  # include paths are written from the repository root
 MACRO = "gin.macro"
 
@@ -83,6 +84,21 @@ class Config:
             gin_config.finalize()
         except (ValueError, RuntimeError) as error:
             raise UserError(f"Expected a complete configuration (got: {_first_line(error)})") from error
+
+    def root(self, base: type) -> str:
+        """Name of the one class derived from `base` that the configuration binds something of, such as the task to train.
+
+        Raises:
+            UserError: If there is none, or more than one.
+        """
+        derived = {name for name, listed in _registered.items() if inspect.isclass(listed) and issubclass(listed, base)}
+        bound = sorted({selector.rsplit(".", 1)[-1] for _, selector, _ in self._live} & derived)
+        if len(bound) != 1:
+            raise UserError(
+                f"Expected bindings of one of {', '.join(sorted(derived))} (got {' and '.join(bound) or 'none'}). "
+                "Include a file of gin/base, such as include 'gin/base/classification.gin'."
+            )
+        return bound[0]
 
     def build(self, root: str) -> Any:
         """Builds the object at the root of the configuration and all that it refers to.

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from gkd.config import ROOT, configure
-from gkd.engine.study import Record
-from gkd.engine.sweep import Plan, Sweep
 from gkd.models import build_classifier
+from gkd.sweep.points import Plan, Sweep
+from gkd.sweep.study import Record
 
 pytest.importorskip("optuna")
 
@@ -69,7 +69,7 @@ def sweep(sweep_module, tmp_path, monkeypatch):
 
 
 def read(file: Path):
-    return configure([str(file)], modules=("gkd.engine.sweep",)).build("Sweep")
+    return configure([str(file)], modules=("gkd.sweep.points",)).build("Sweep")
 
 
 def points_of(sweep_module, file: Path, weights: Path, further=("Trainer.device = 'cpu'",)):

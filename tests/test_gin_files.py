@@ -55,12 +55,7 @@ def take_a_step(files: list[str], tmp_path, batch_size: int) -> set[str]:
     progress, forward = distiller.progress, distiller.forward
     distiller.progress = lambda epoch: progress(3.0)
     distiller.forward = lambda *batch: names.update(losses := forward(*batch)) or losses
-    task.trainer.fit(
-        distiller,
-        lambda epoch, start: task.data.batches("train", batch_size, epoch=epoch, start=start),
-        steps_per_epoch=task.steps_per_epoch,
-        samples_per_step=batch_size,
-    )
+    task.trainer.fit(task)
     after = task.student.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(value, before[name]) for name, value in after.items())

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from gkd.cli import main
+
 RUN = """
 Classification.data = @RandomImages()
 RandomImages.num_train = 24
@@ -51,8 +53,7 @@ class Pool:
 def train_net(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.gin").write_text(RUN)
-    module = load(repository, "train_net")
-    return lambda *options: module.main(["--gin", "run.gin", "--device", "cpu", *options])
+    return lambda *options: main(["train", "--gin", "run.gin", "--device", "cpu", *options])
 
 
 def records(path: str) -> list[dict]:
@@ -135,11 +136,11 @@ def test_own_networks_and_images_as_the_readme_says(repository, tmp_path, monkey
     for block in re.finditer(r"^```(?:python|gin)\n(.*?)^```", section, re.M | re.S):
         name = re.findall(r"`(\w+\.(?:py|gin))`", section[: block.start()])[-1]
         (tmp_path / name).write_text(block[1])
-    main = load(repository, "train_net").main
+    train = lambda options: main(["train", *options])  # noqa: E731
     short = ["--set", "EPOCHS = 1", "--set", "BATCH_SIZE = 8", "--set", "ImageFolder.num_workers = 0", "--no-report", "--device", "cpu"]
-    assert main(["--gin", "photos_teacher.gin", *short]) == 0
-    assert main(["--gin", "photos_small.gin", *short]) == 0
-    assert main(["--gin", "photos_small.gin", "--gin", "gin/base/alone.gin", "--output", "runs/photos_alone", *short]) == 0
+    assert train(["--gin", "photos_teacher.gin", *short]) == 0
+    assert train(["--gin", "photos_small.gin", *short]) == 0
+    assert train(["--gin", "photos_small.gin", "--gin", "gin/base/alone.gin", "--output", "runs/photos_alone", *short]) == 0
     results = json.loads(Path("runs/photos_small/results.json").read_text())
     assert results["student"] == "my_nets:small"
     assert results["final"]["agreement"] is not None
@@ -187,7 +188,7 @@ def test_the_published_teacher_has_its_accuracy(repository, shared_data, cifar10
     weights = shared_data / "weights" / "cifar100_resnet56-f2eff4c8.pt"
     bindings = ["--set", f"DATA = '{cifar100_root}'", "--set", f"WEIGHTS = '{weights}'"]
     options = ["--gin", "gin/classification/cifar100_resnet56_published.gin", "--eval-only", *bindings]
-    assert load(repository, "train_net").main(options) == 0
+    assert main(["train", *options]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["top1"] == pytest.approx(72.63, abs=0.05)
     assert record["top5"] == pytest.approx(91.94, abs=0.05)

@@ -1,55 +1,36 @@
-"""What a library of detectors does: it builds networks, trains and evaluates them."""
+"""What a library of detectors does: it builds networks, and may judge them in its own way."""
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
-
-from gkd.detection.evaluate import evaluate_detector
 from gkd.detection.interface import LIBRARIES, Detector, DetectorNetwork
 from gkd.errors import UserError
 
-if TYPE_CHECKING:
-    from gkd.engine import RunFolder, Summary, Trainer
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that a training needs: the arguments of `Trainer.fit`, and the trainer."""
-
-    trainer: Trainer
-    distiller: nn.Module
-    batches: Callable[..., Iterator[tuple]]
-    steps_per_epoch: int
-    samples_per_step: int
-    evaluate: Callable[[], Mapping[str, Any]]
-    describe: Callable[[tuple], str]
-    score: str
-    folder: RunFolder
-    resume: bool = False
+MODULES = {"torchvision": "torchvision", "detectron2": "d2"}
 
 
 class Backend(ABC):
-    """A library of detectors: builds networks, trains and evaluates them.
+    """A library of detectors: builds the networks.
 
-    The methods that are not abstract do it in gkd's own way, which is the same for all libraries: batches by `gkd.data`, steps by
-    `Trainer.fit`, numbers by `gkd.detection.evaluate`. A back end replaces them where its library has a way of its own. A back end is
-    constructed by gin without arguments, or with options of its own: ``Detection.backend = @Detectron2Backend()``.
+    Batches come from `gkd.data`, steps from `Trainer.fit`, numbers from `gkd.tasks.precision`: these are the same for all libraries. A back
+    end is constructed by gin without arguments, or with options of its own: ``Detection.backend = @Detectron2Backend()``.
 
     Attributes:
         name: ``'torchvision'`` or ``'detectron2'``.
         antialias: How the data resize images: with a smoothing filter (as PIL does) or without (as torchvision's detectors do).
         checkpoint_name: File name of the student in the library's own format, in the run folder.
+        evaluate: The library's own evaluation, where it was asked for: from (detector, data, split, batches) to a record as that of
+            `gkd.tasks.precision.evaluate_detector`. None leaves it to gkd.
     """
 
     name: str
     antialias: bool = False
     checkpoint_name: str = "student.pth"
+    evaluate: Callable[..., dict[str, Any]] | None = None
 
     @abstractmethod
     def build_student(self, network: DetectorNetwork, data: Any) -> Detector:
@@ -67,42 +48,6 @@ class Backend(ABC):
     @abstractmethod
     def build_teacher(self, network: DetectorNetwork, data: Any) -> Detector:
         """Builds the network to learn from: with weights, or a UserError; frozen and in eval mode (`gkd.models.Teacher` keeps it so)."""
-
-    def batches(
-        self, data: Any, split: str, batch_size: int, **options: Any
-    ) -> Iterator[tuple[list[Tensor], list[dict[str, Any]], Tensor]]:
-        """Batches (images, targets, index) of a split, by ``data.batches``, which documents the options: epoch, start, seed, rank,
-        world_size, device."""
-        return data.batches(split, batch_size, antialias=self.antialias, **options)
-
-    def fit(self, job: Job) -> Summary:
-        """Trains to the end, or to ``Trainer.max_steps``; checkpoints such that ``job.resume`` continues."""
-        return job.trainer.fit(
-            job.distiller,
-            job.batches,
-            steps_per_epoch=job.steps_per_epoch,
-            samples_per_step=job.samples_per_step,
-            evaluate=job.evaluate,
-            describe=job.describe,
-            score=job.score,
-            folder=job.folder,
-            resume=job.resume,
-        )
-
-    def evaluate(self, detector: Detector, data: Any, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
-        """Record of one evaluation; see `gkd.detection.evaluate.evaluate_detector`.
-
-        Args:
-            detector: The student; its model is back in the mode it was in afterwards.
-            data: Gives the true boxes (``data.annotations(split)``, in COCO's form) and ``data.metric``, ``'coco'`` or ``'voc'``.
-            split: Name of the split.
-            batches: Gives this process's batches of the split, the same each time.
-
-        Returns:
-            ``split`` and, in percent, for COCO ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP/CLASS`` of every class; for
-            VOC ``AP50`` and ``AP50/CLASS``. What there are no true boxes for is None.
-        """
-        return evaluate_detector(detector, data, split, batches)
 
 
 def choose_backend(backend: str | Backend | None = None) -> tuple[Backend, str | None]:
@@ -130,7 +75,7 @@ def choose_backend(backend: str | Backend | None = None) -> tuple[Backend, str |
 
 def _load(name: str) -> Backend:
     try:
-        module = importlib.import_module(f"gkd.detection.{name}")
+        module = importlib.import_module(f"gkd.detection.{MODULES[name]}")
     except ImportError as error:
         if name != "detectron2":
             raise

@@ -22,8 +22,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from gkd.detection.backend import Backend
 from gkd.detection.interface import Detections, Detector, DetectorNetwork, Images, Output, Targets
-from gkd.engine.checkpoint import write_atomic
 from gkd.errors import UserError
+from gkd.files import write_atomic
 from gkd.models.names import near
 from gkd.models.weights import load_weights, read_weights
 

@@ -2,7 +2,7 @@
 
 from gkd.distill.balance import GradientBalance
 from gkd.distill.distiller import Distiller
-from gkd.distill.networks import Networks
+from gkd.distill.networks import NetworkPair
 from gkd.distill.schedule import Constant, Ramp, Schedule
 
-__all__ = ["Constant", "Distiller", "GradientBalance", "Networks", "Ramp", "Schedule"]
+__all__ = ["Constant", "Distiller", "GradientBalance", "NetworkPair", "Ramp", "Schedule"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.distill.balance import GradientBalance
-from gkd.distill.networks import Networks, Taps
+from gkd.distill.networks import NetworkPair, Taps
 from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
@@ -50,7 +50,7 @@ class Distiller(nn.Module):
                          does so first, which spares its time and memory at the full size
     ``parts``            names of the values in the dictionary that it returns; it is called with ``parts=`` those that weigh something
     ``needs_index``      it is called with ``index=`` the positions of the images in the data set
-    ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :class:`~gkd.distill.Networks`
+    ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :class:`~gkd.distill.NetworkPair`
     ``build``            called once with the shapes of the student's and the teacher's maps, for terms that own layers;
                          at level ``'stage'`` every stage gets a copy of the term
     ==================== =====================================================================================================
@@ -98,7 +98,7 @@ class Distiller(nn.Module):
         label_smoothing: float = 0.0,
         balance: GradientBalance | str | None = None,
         input_size: Sequence[int] = (3, 32, 32),
-        networks: Networks | None = None,
+        networks: NetworkPair | None = None,
     ) -> None:
         super().__init__()
         terms = dict(terms or {})
@@ -107,7 +107,7 @@ class Distiller(nn.Module):
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher(teacher)
         self.student = student
-        self.networks = Networks() if networks is None else networks
+        self.networks = NetworkPair() if networks is None else networks
         self.__dict__["teacher"] = teacher  # past nn.Module.__setattr__, which would make it a child
         self.student_logits = self.teacher_logits = None
         self.task = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if task is None else task

@@ -23,7 +23,7 @@ class Taps(Protocol):
         """Shapes of the maps for two inputs of this size."""
 
 
-class Networks:
+class NetworkPair:
     """How the :class:`~gkd.distill.Distiller` calls and reads its two networks: here, as classifiers.
 
     For other networks override it: what they take, what their maps are, what of their outputs is compared.

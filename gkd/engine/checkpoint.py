@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from gkd.errors import UserError
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file so that a reader finds the old content or the new one, never a part, whenever the process is killed.
-
-    The content goes to a temporary name in the same folder, is flushed to the disk and takes the place of `path` in one step.
-
-    Args:
-        path: File to write.
-        write: Called with the open binary file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    # The rename itself is on the disk only once the folder is; systems that cannot sync a folder raise.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+from gkd.files import write_atomic
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

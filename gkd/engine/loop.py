@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkd.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from gkd.engine.folder import RunFolder, package_versions
 from gkd.engine.interrupt import Interrupted, Interrupts
 from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, Writer
 from gkd.engine.position import Clock, Position, Summary
-from gkd.engine.run import RunFolder, package_versions
 from gkd.engine.settings import Settings
+from gkd.engine.trainable import Trainable
 from gkd.engine.window import Window
 from gkd.errors import UserError
 
@@ -27,24 +28,10 @@ class NonFiniteLossError(ArithmeticError):
 class Loop:
     """The loop behind `Trainer.fit`, which documents the arguments."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: nn.Module,
-        batches: Callable[..., Iterator[tuple]],
-        *,
-        steps_per_epoch: int,
-        samples_per_step: int,
-        evaluate: Callable[[], Mapping[str, Any]] | None,
-        metrics: Callable[[tuple], Mapping[str, Tensor]] | None,
-        describe: Callable[[tuple], str] | None,
-        score: str,
-        folder: RunFolder | None,
-    ) -> None:
-        self.settings, self.fabric, self.model = settings, settings.fabric, model
-        self.device = self.fabric.device
-        self.batches, self.steps_per_epoch, self.samples_per_step = batches, steps_per_epoch, samples_per_step
-        self.evaluate, self.metrics, self.describe, self.score, self.folder = evaluate, metrics, describe, score, folder
+    def __init__(self, settings: Settings, task: Trainable, folder: RunFolder | None) -> None:
+        self.settings, self.fabric, self.task, self.folder = settings, settings.fabric, task, folder
+        self.model, self.steps_per_epoch, self.device = task.distiller, task.steps_per_epoch, self.fabric.device
+        model, steps_per_epoch = self.model, self.steps_per_epoch
         if steps_per_epoch < 1:
             raise ValueError(f"Expected at least one step in an epoch (got {steps_per_epoch})")
         self.total = settings.total_steps(steps_per_epoch)
@@ -101,7 +88,7 @@ class Loop:
         while self.position.step < stop:
             epoch, start = divmod(self.position.step, self.steps_per_epoch)
             try:
-                for batch in self.batches(epoch=epoch, start=start):
+                for batch in self.task.train_batches(epoch=epoch, start=start):
                     yield batch
                     if self.position.step >= stop or self.position.step % self.steps_per_epoch == 0:
                         break
@@ -134,8 +121,7 @@ class Loop:
                 total = torch.stack([loss.float() for loss in losses.values()]).sum()
                 self.fabric.backward(total / len(parts))
             scalars = {"loss": total, **{f"loss/{name}": loss for name, loss in losses.items()}}
-            if self.metrics is not None:
-                scalars.update(self.metrics(part))
+            scalars.update(self.task.metrics(part))
             for name, scalar in scalars.items():
                 share = scalar.detach() if len(parts) == 1 else scalar.detach() / len(parts)
                 values[name] = values[name] + share if name in values else share
@@ -145,7 +131,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.position.step += 1
-        self.position.samples += self.samples_per_step
+        self.position.samples += self.task.batch_size
         self.window.add(self.position.step, values)
 
     def _after_step(self, stop: int) -> None:
@@ -214,15 +200,13 @@ class Loop:
         step, names = bad
         terms = [name.removeprefix("loss/") for name in names if name != "loss"] or ["their sum"]
         epoch, start = divmod(step - 1, self.steps_per_epoch)
-        samples = ""
-        if self.describe is not None:
-            # The batches are a function of (epoch, step), so the culprit can be read again and nothing had to be kept of it.
-            samples = f", {self.describe(next(iter(self.batches(epoch=epoch, start=start))))}"
+        # The batches are a function of (epoch, step), so the culprit can be read again and nothing had to be kept of it.
+        samples = self.task.describe(next(iter(self.task.train_batches(epoch=epoch, start=start))))
         kept = ""
         if self.folder is not None and self.folder.last.is_file():
             kept = f" The last good checkpoint is {self.folder.last}."
         raise NonFiniteLossError(
-            f"Expected finite losses (got NaN or infinity in {', '.join(terms)} at step {step}, epoch {epoch + 1}{samples}). "
+            f"Expected finite losses (got NaN or infinity in {', '.join(terms)} at step {step}, epoch {epoch + 1}, {samples}). "
             f"Try a lower learning rate, a warm-up, Trainer.clip_norm or Trainer.precision = '32-true'.{kept}"
         )
 
@@ -232,7 +216,7 @@ class Loop:
         """Evaluates and keeps checkpoints, if this step asks for it and it was not done yet."""
         step, position = self.position.step, self.position
         is_due = step > 0 and (step % self.evaluation_period == 0 or step == self.total)
-        if self.evaluate is None or not is_due or position.evaluated == step:
+        if not self.task.splits or not is_due or position.evaluated == step:
             return False
         self._check_finite()
         self.clock.stop()
@@ -240,14 +224,14 @@ class Loop:
         try:
             # Several processes must stay together: there, an evaluation is finished first.
             with self.interrupts.immediate() if self.fabric.world_size == 1 else nullcontext():
-                numbers = self.evaluate()
-            record = self._write("eval", numbers)
+                evaluations = [self.task.evaluate(split) for split in self.task.splits]
+            record, *_ = [self._write("eval", numbers) for numbers in evaluations]
         except Interrupted as interrupted:
             set_rng_state(random_state, self.device)
             self._stop(interrupted.signum)
         position.evaluated, position.last = step, record
-        value = record.get(self.score)
-        if value is not None and (position.best is None or value > position.best[self.score]):
+        value, score = record.get(self.task.score), self.task.score
+        if value is not None and (position.best is None or value > position.best[score]):
             position.best = record
             self._save(is_best=True)
         self._save()

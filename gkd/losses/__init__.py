@@ -19,6 +19,7 @@ from gkd.losses.features import (
     vid_loss,
 )
 from gkd.losses.graph import GraphLoss
+from gkd.losses.levels import LevelGraphLoss
 from gkd.losses.logits import (
     DISTLoss,
     DKDLoss,
@@ -70,6 +71,7 @@ __all__ = [
     "ICKDLoss",
     "IRGLoss",
     "KDLoss",
+    "LevelGraphLoss",
     "LogitMSELoss",
     "MGDLoss",
     "MessageLoss",

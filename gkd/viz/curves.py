@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 Metrics = Sequence[Mapping[str, Any]]
 
-PERCENT = {"top1": "top-1", "top5": "top-5", "agreement": "agreement with the teacher"}
+TITLES = {"top1": "top-1", "top5": "top-5", "agreement": "agreement with the teacher"}
+MOST_FIGURES = 4
+
+
+def headline(record: Mapping[str, Any]) -> list[str]:
+    """The first numbers of an evaluation, in per cent: what a task puts first is what it is judged by."""
+    numbers = {name for name, value in record.items() if "/" not in name and finite(value) is not None}
+    names = [name for name in record if name in numbers.difference(("epoch", "step", "loss"))]
+    return names[:MOST_FIGURES]
 
 
 @styled
@@ -61,7 +69,7 @@ def draw_losses(metrics: Metrics, steps_per_epoch: float | None = None) -> Figur
 
 @styled
 def draw_accuracies(metrics: Metrics, steps_per_epoch: float | None = None) -> Figure:
-    """Draws what the student gets right over the training: on the training images, and on those of the evaluations.
+    """Draws how good the student is over the training: on the training images, and in the evaluations.
 
     Args:
         metrics: Records of a metrics.jsonl.
@@ -73,12 +81,12 @@ def draw_accuracies(metrics: Metrics, steps_per_epoch: float | None = None) -> F
     if any("top1" in record for record in train):
         _line(accuracy, train, "top1", steps_per_epoch, color=MUTED, label="top-1, training images", linestyle=(0, (2, 1.5)))
     splits = list(dict.fromkeys(str(record.get("split", "")) for record in evaluations))
-    names = [name for name in PERCENT if any(name in record for record in evaluations)]
+    names = headline(evaluations[0]) if evaluations else []
     for split in splits:
         records = [record for record in evaluations if str(record.get("split", "")) == split]
         for name in reversed(names):  # top-1 above the others
             dotted: dict[str, Any] = {"linestyle": (0, (1, 1.4))} if name == "agreement" else {}
-            color = SERIES[(len(PERCENT) * splits.index(split) + list(PERCENT).index(name)) % len(SERIES)]
+            color = SERIES[(len(names) * splits.index(split) + names.index(name)) % len(SERIES)]
             marker = "o" if len(records) < 40 else ""
             _line(
                 accuracy,
@@ -86,12 +94,12 @@ def draw_accuracies(metrics: Metrics, steps_per_epoch: float | None = None) -> F
                 name,
                 steps_per_epoch,
                 color=color,
-                label=f"{PERCENT[name]}, {split}",
+                label=f"{TITLES.get(name, name)}, {split}",
                 marker=marker,
                 markersize=3.2,
                 **dotted,
             )
-    accuracy.set_title("per cent of the images")
+    accuracy.set_title("per cent")
     accuracy.set_ylim(top=max(100.0, accuracy.get_ylim()[1]))
     _line(rate, train, "lr", steps_per_epoch, color=MUTED, label="")
     rate.set_title("learning rate")
@@ -135,7 +143,7 @@ def draw_method_curves(runs: Sequence[Run], metric: str = "top1", split: str | N
         panel.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.16, linewidth=0)
     panel.set_xlabel("epoch")
     whole_ticks(panel)
-    panel.set_title(f"{PERCENT.get(metric, metric)}{' in per cent' if metric in PERCENT else ''}")
+    panel.set_title(f"{TITLES.get(metric, metric)} in per cent")
     if panel.lines:
         panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     else:

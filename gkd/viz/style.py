@@ -8,6 +8,7 @@ import html
 import importlib.util
 import io
 import re
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -137,10 +138,11 @@ def figure_to_svg(figure: Figure, alt: str, key: str = "") -> str:
     Args:
         figure: The figure.
         alt: What is seen, for those who cannot see it.
-        key: Makes the names inside the drawing differ from those of the page's other drawings.
+        key: Makes the names inside the drawing differ from those of the page's other drawings; by default it follows from `alt`.
     """
     import matplotlib as mpl
 
+    key = key or f"-{zlib.crc32(alt.encode()):08x}"
     file = io.StringIO()
     salt: Any = {"svg.hashsalt": f"gkd{key}"}
     with mpl.rc_context(salt):

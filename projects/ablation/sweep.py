@@ -12,17 +12,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from gkd.cli.main import run as run_command
 from gkd.config import ROOT, configure
-from gkd.engine import cli
-from gkd.engine.cells import Job, make_teacher, work
-from gkd.engine.checkpoint import write_atomic
-from gkd.engine.run import save_student
-from gkd.engine.study import Record, Study
-from gkd.engine.sweep import Cell, Plan, Point, Sweep
+from gkd.engine.folder import save_student
+from gkd.files import write_atomic
+from gkd.sweep.cells import Job, make_teacher, work
+from gkd.sweep.points import Cell, Plan, Point, Sweep
+from gkd.sweep.study import Record, Study
 from gkd.viz import draw_heatmap, page
 from gkd.viz.comparison import write_comparison
 from gkd.viz.report import read_metrics
@@ -73,7 +72,7 @@ def plan_cells(commands: Commands, study: Study) -> Plan:
         if sweep.teacher and not weights.is_file():  # untrained, in place of the one to come
             task = configure(sweep.teacher, [line for line in commands.further if line.startswith("Trainer.device")]).build(sweep.root)
             weights = Path(folder) / weights.name
-            save_student(weights, task.student, {"model": task.description.name})
+            save_student(weights, task.student, task.description_of_student())
 
         def describe(point: Point) -> str:
             at = weights if weights.is_file() else sweep.teacher_weights  # points that a sampler chooses come when the teacher is there
@@ -91,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device is not None:
         bindings.append(f"Trainer.device = {arguments.device!r}")
     own = [line for line in bindings if line.startswith("Sweep.")]
-    sweep: Sweep = configure(arguments.gin, own, modules=("gkd.engine.sweep",)).build("Sweep")
+    sweep: Sweep = configure(arguments.gin, own).build("Sweep")
     name = Path(arguments.gin[-1]).stem
     output = arguments.output or Path("runs/ablation") / name
     output.mkdir(parents=True, exist_ok=True)
@@ -200,13 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--storage", metavar="URL", help="database of the results (default: sweep.db in the folder)")
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed before")
     parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    failed: list[int] = []
-
-    def count(arguments: argparse.Namespace) -> Any:
-        failed.append(run(arguments))
-
-    return cli.main(parser, count, argv) or int(any(failed))
+    return run_command(parser, lambda arguments: int(run(arguments) > 0), argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from measure import Run, machine, time_in_turns, write_json
 from torch import Tensor
 
-from gkd.config import MODULES, configure
+from gkd.config import configure
 from gkd.detection import DetectorNetwork, choose_backend
 
 __all__ = ["DetectionBenchmark"]
@@ -38,8 +38,8 @@ def noise(number: int, size: int, boxes: int, classes: int, device: str) -> tupl
 
 def training_step(files: list[str], bindings: list[str], batch: tuple, with_teacher: bool) -> Run:
     """A function that takes one step; `with_teacher` adds the teacher's maps to a step that does without."""
-    task = configure(files, bindings, (*MODULES, "gkd.detection")).build("Detection")
-    trainer, distiller, teacher = task.trainer, task.distiller, task.teacher
+    task = configure(files, bindings).build("Detection")
+    trainer, distiller, teacher = task.trainer, task.distiller, task.teacher_detector
     if trainer.channels_last:
         distiller.to(memory_format=torch.channels_last)
     module, optimizer = trainer.fabric.setup(distiller, trainer.optimizer(distiller))

@@ -18,7 +18,7 @@ from measure import Run, in_child, machine, peak_memory, time_in_turns, write_js
 from safetensors.torch import save_file
 
 from gkd.config import MODULES, configure
-from gkd.engine.run import count_parameters
+from gkd.engine.folder import count_parameters
 from gkd.models import build_classifier
 
 __all__ = ["StepBenchmark"]

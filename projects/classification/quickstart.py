@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rich.console import Console
 
-from gkd.engine import cli
-from gkd.engine.run import RunFolder
+from gkd.cli.main import run as run_command
+from gkd.engine.folder import RunFolder
 from gkd.errors import UserError
 from gkd.viz import compare, read_run, write_comparison, write_report
 
@@ -42,7 +42,7 @@ def train(files: Sequence[str], bindings: Sequence[str], output: Path, log: Path
     results = task.train(folder, config.text)
     if results is None:
         raise UserError("Expected every run to reach its end (got Trainer.max_steps)")
-    write_report(folder, task.distiller, task.data)
+    write_report(folder, task)
     sys.stdout = sys.__stdout__
     return results
 
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of all runs (default: runs/quickstart/classification)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return cli.main(parser, run, argv)
+    return run_command(parser, run, argv)
 
 
 if __name__ == "__main__":

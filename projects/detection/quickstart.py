@@ -13,18 +13,17 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from report import draw_detections, kept, write_report
 from rich.console import Console
 
-from gkd.config import MODULES, configure
-from gkd.engine import cli
-from gkd.engine.run import RunFolder
+from gkd.cli.main import run as run_command
+from gkd.config import configure
+from gkd.engine.folder import RunFolder
 from gkd.errors import UserError
 from gkd.models.weights import load_weights
-from gkd.viz import compare, read_run, write_comparison
+from gkd.viz import compare, read_run, write_comparison, write_report
+from gkd.viz.detections import draw_detections, kept
 from gkd.viz.style import can_draw
 
 TEACHER = "gin/detection/digit_scenes_teacher.gin"
@@ -34,7 +33,7 @@ METHODS = ("alone", "distilled")
 
 
 def build(files: Sequence[str], bindings: Sequence[str]) -> tuple[Any, str]:
-    config = configure(files, bindings, (*MODULES, "gkd.detection", "gkd.detection.detectron2"))
+    config = configure(files, bindings)
     return config.build("Detection"), config.text
 
 
@@ -101,7 +100,7 @@ def draw(files: Sequence[str], bindings: Sequence[str], root: Path, number: int 
         return "none, as matplotlib is not installed (pip install 'gkd[viz]')"
     task, _ = build([*files, ALONE], bindings)
     images, targets, _ = next(iter(task.batches("test", number)))
-    found = {"teacher": [kept(detections) for detections in task.teacher.detect(images)]}
+    found = {"teacher": [kept(detections) for detections in task.teacher_detector.detect(images)]}
     for method in METHODS:
         load_weights(task.student, root / method / "seed0" / "student.safetensors")
         found[method] = [kept(detections) for detections in task.detector.detect(images)]
@@ -118,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of all runs (default: runs/quickstart/detection)")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return cli.main(parser, run, argv)
+    return run_command(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gkd.config import ROOT
+import gkd.cli
 from gkd.data import COCO, VOC
 from gkd.detection import DetectorNetwork
 
@@ -19,12 +18,9 @@ SPLITS = {"VOC.train": ["VOC2007/train"], "VOC.test": ["VOC2007/val"]}
 RECIPES = {"coco_r101_r18": ("COCO", "coco", "resnet18", 80), "voc_r101_r50": ("VOC", "VOCdevkit", "resnet50", 20)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("detection_train_net", ROOT / "projects" / "detection" / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return lambda options: gkd.cli.main(["train", *options])
 
 
 def command(recipe: str, shared_data: Path, teacher: Path) -> list[str]:
@@ -101,7 +97,7 @@ def test_with_detectron2(recipe, main, shared_data, tmp_path):
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
-    from gkd.detection.detectron2_config import find_config
+    from gkd.detection.d2.config import find_config
 
     _, _, student, classes = RECIPES[recipe]
     config = get_cfg()

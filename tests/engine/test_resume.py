@@ -127,9 +127,8 @@ def test_workers_that_ctrl_c_killed_do_not_hide_the_interruption(tmp_path):
                 raise RuntimeError("DataLoader worker exited unexpectedly")
             yield batch
 
-    arguments = {"steps_per_epoch": toy.STEPS_PER_EPOCH, "samples_per_step": toy.BATCH, "folder": toy.RunFolder(tmp_path / "run")}
     with pytest.raises(Interrupted, match="after step 2 of 12"):
-        toy.trainer().fit(toy.Toy(), dying, **arguments)
+        toy.trainer().fit(toy.Task(toy.Toy(), dying), toy.RunFolder(tmp_path / "run"))
 
 
 KILLED_WHILE_WRITING = """
@@ -159,7 +158,8 @@ def test_killed_while_writing_the_previous_checkpoint_loads(uninterrupted, tmp_p
     done = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING], cwd=tmp_path, env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     path = tmp_path / "run"
-    assert (path / "checkpoints" / "last.pt.tmp").read_bytes() == b"half a checkpoint"
+    (half,) = (path / "checkpoints").glob(".last.pt.*.tmp")
+    assert half.read_bytes() == b"half a checkpoint"
     assert load_checkpoint(path / "checkpoints" / "last.pt")["position"]["step"] == 6
     toy.fit(path, resume=True)
     assert_same(uninterrupted, path)
@@ -170,7 +170,7 @@ def test_other_data_or_another_model_cannot_be_resumed(tmp_path, monkeypatch):
     toy.fit(path, max_steps=3)
     with pytest.raises(UserError, match=r"(?s)Expected the model that .*last.pt was saved from .*net.1"):
         toy.fit(path, resume=True, make=lambda: toy.Toy(norm=False))
-    monkeypatch.setattr(toy, "STEPS_PER_EPOCH", 2)
+    monkeypatch.setattr(toy.Task, "steps_per_epoch", 2)
     with pytest.raises(UserError, match=r"Expected 4 steps in an epoch, .* \(got 2\)"):
         toy.fit(path, resume=True)
 

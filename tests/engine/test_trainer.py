@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from gkd.engine import SGD, Flat, NonFiniteLossError, Trainer, cli
+from gkd.cli.main import run
+from gkd.engine import SGD, Flat, NonFiniteLossError, Trainer
 from gkd.engine.loop import split_batch
 from gkd.engine.settings import resolve_device
 from gkd.errors import UserError
@@ -68,7 +70,7 @@ def test_best_checkpoint_is_that_of_the_best_evaluation(tmp_path):
     assert best["position"]["step"] == summary.best["step"]
     model = toy.Toy()
     model.load_state_dict(best["model"])
-    assert toy.evaluator(model, lambda: None)()["top1"] == summary.best["top1"]
+    assert toy.Task(model).evaluate("test")["top1"] == summary.best["top1"]
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -139,7 +141,7 @@ def test_channels_last_reaches_model_and_images():
 
     model = Images()
     batches = lambda epoch, start: iter([(torch.randn(2, 3, 8, 8),)])  # noqa: E731
-    toy.trainer(epochs=1, channels_last=True).fit(model, batches, steps_per_epoch=1, samples_per_step=2)
+    toy.trainer(epochs=1, channels_last=True).fit(toy.Task(model, batches, steps_per_epoch=1, batch_size=2, splits=()))
     assert seen == [(True, False)]
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -155,11 +157,10 @@ def test_non_finite_loss_is_named_and_keeps_the_good_checkpoint(tmp_path):
 
 
 def test_number_of_batches_is_checked():
-    arguments = {"samples_per_step": 6}
     with pytest.raises(ValueError, match=r"Expected 5 batches in epoch 0 \(got 4\)"):
-        toy.trainer().fit(toy.Toy(), toy.batches, steps_per_epoch=5, **arguments)
+        toy.trainer().fit(toy.Task(toy.Toy(), steps_per_epoch=5))
     with pytest.raises(ValueError, match="Expected batches from step 0 of epoch 0 on"):
-        toy.trainer().fit(toy.Toy(), lambda epoch, start: iter(()), steps_per_epoch=5, **arguments)
+        toy.trainer().fit(toy.Task(toy.Toy(), lambda epoch, start: iter(())))
     _, summary = toy.fit(None, epochs=2.5)  # a fraction of an epoch is fine
     assert summary.step == 10
 
@@ -190,7 +191,7 @@ TWO_PROCESSES = """
 import sys, torch
 from functools import partial
 from pathlib import Path
-from gkd.engine.run import RunFolder
+from gkd.engine.folder import RunFolder
 from tests.engine import toy
 
 for steps in (5, 12):  # the second resumes
@@ -198,9 +199,7 @@ for steps in (5, 12):  # the second resumes
     model = toy.Toy(dropout=0.0, norm=False)
     trainer = toy.trainer(max_steps=steps)
     batches = partial(toy.batches, rank=trainer.fabric.global_rank, world_size=trainer.fabric.world_size)
-    metrics = lambda batch: {"top1": 100 * (model.logits.argmax(1) == batch[1]).float().mean()}
-    trainer.fit(model, batches, steps_per_epoch=toy.STEPS_PER_EPOCH, samples_per_step=toy.BATCH, folder=RunFolder(Path(sys.argv[1])),
-                evaluate=toy.evaluator(model, lambda: None), metrics=metrics, resume=steps == 12)
+    trainer.fit(toy.Task(model, batches), RunFolder(Path(sys.argv[1])), resume=steps == 12)
 """
 
 
@@ -222,12 +221,11 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, repository):
 
 def test_sigterm_ends_a_command_with_its_code(tmp_path, capsys):
     model = lambda: toy.Toy(hook=lambda call: call == 2 and os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
-    code = cli.main(cli.build_parser("toy"), lambda arguments: toy.fit(tmp_path / "run", make=model), ["--gin", "x.gin"])
+    code = run(argparse.ArgumentParser("toy"), lambda arguments: toy.fit(tmp_path / "run", make=model), [])
     assert code == 128 + signal.SIGTERM
     assert "after step 3 of 12. Go on with the same command and --resume." in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_a_command_with_code_1(capsys):
-    run = lambda arguments: toy.fit(None, make=lambda: toy.Toy(bad_call=0))  # noqa: E731
-    assert cli.main(cli.build_parser("toy"), run, ["--gin", "x.gin"]) == 1
+    assert run(argparse.ArgumentParser("toy"), lambda arguments: toy.fit(None, make=lambda: toy.Toy(bad_call=0)), []) == 1
     assert "in task at step 1" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gkd.engine import SGD, Cosine, Trainer
-from gkd.engine.run import RunFolder
+from gkd.engine.folder import RunFolder
 
 STEPS_PER_EPOCH, BATCH = 4, 6
 TIMES = ("images_per_second",)
@@ -52,17 +52,44 @@ def batches(epoch: int, start: int, rank: int = 0, world_size: int = 1) -> Itera
         yield inputs[step, share], targets[step, share], index[step, share]
 
 
-def evaluator(model: Toy, hook: Callable[[], object]):
-    def evaluate() -> dict[str, object]:
-        hook()
-        modes = model.training
-        model.eval()
-        with torch.no_grad():
-            hits = [(model.net(inputs).argmax(1) == targets).float().mean() for inputs, targets, _ in batches(99, 0)]
-        model.train(modes)
-        return {"split": "test", "top1": 100 * float(torch.stack(hits).mean())}
+class Task:
+    """A toy as the trainer takes it.
 
-    return evaluate
+    Args:
+        model: The toy.
+        stream: Gives the training batches.
+        before_evaluation: Called when an evaluation begins.
+        changes: Attributes that differ from those of the class.
+    """
+
+    steps_per_epoch, batch_size, splits, score = STEPS_PER_EPOCH, BATCH, ("test",), "top1"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: Callable[..., Iterator[tuple]] = batches,
+        before_evaluation: Callable[[], object] = lambda: None,
+        **changes: object,
+    ) -> None:
+        self.distiller, self.train_batches, self.before_evaluation = model, stream, before_evaluation
+        vars(self).update(changes)
+
+    def evaluate(self, split: str) -> dict[str, object]:
+        self.before_evaluation()
+        modes = self.distiller.training
+        self.distiller.eval()
+        with torch.no_grad():
+            hits = [(self.distiller.net(inputs).argmax(1) == targets).float().mean() for inputs, targets, _ in batches(99, 0)]
+        self.distiller.train(modes)
+        return {"split": split, "top1": 100 * float(torch.stack(hits).mean())}
+
+    def metrics(self, batch: tuple) -> dict[str, Tensor]:
+        if not isinstance(self.distiller, Toy):
+            return {}
+        return {"top1": 100 * (self.distiller.logits.argmax(1) == batch[1]).float().mean()}
+
+    def describe(self, batch: tuple) -> str:
+        return f"samples {batch[2].tolist()}"
 
 
 def trainer(**settings) -> Trainer:
@@ -81,17 +108,8 @@ def fit(
     """Trains a toy in a folder; returns the model and the summary."""
     torch.manual_seed(seed)
     model = make()
-    summary = trainer(**settings).fit(
-        model,
-        batches,
-        steps_per_epoch=STEPS_PER_EPOCH,
-        samples_per_step=BATCH,
-        evaluate=evaluator(model, before_evaluation),
-        metrics=lambda batch: {"top1": 100 * (model.logits.argmax(1) == batch[1]).float().mean()},
-        describe=lambda batch: f"samples {batch[2].tolist()}",
-        folder=None if path is None else RunFolder(path),
-        resume=resume,
-    )
+    task = Task(model, before_evaluation=before_evaluation)
+    summary = trainer(**settings).fit(task, None if path is None else RunFolder(path), resume)
     return model, summary
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gkd.engine.run import RunFolder
+from gkd.engine.folder import RunFolder
 from gkd.errors import UserError
 from gkd.graphs import GraphBuilder, KNNEdges, PatchNodes
-from gkd.viz import GraphPair, Run, Views, read_run, render_report, write_comparison, write_report
+from gkd.viz import GraphPair, Run, Views, read_run, render_report, sections, write_comparison, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RESULTS = {
@@ -63,7 +63,9 @@ def views():
 
 
 def full_report():
-    return render_report("a <run>", RESULTS, list(metrics()), CONFIG, views(), torch.tensor([[3, 1, 0], [0, 4, 0], [0, 2, 5]]))
+    counts = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 2, 5]])
+    content = [sections.graphs(views()), sections.attention(views()), sections.confusion(counts, ("cat", "<dog>", "2"))]
+    return render_report("a <run>", RESULTS, list(metrics()), CONFIG, content)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def check_self_contained(text: str, pictures: int) -> Page:
 
 def test_report_of_a_folder(folder):
     pytest.importorskip("matplotlib")
-    path = write_report(folder.path)
+    path = write_report(folder)
     assert path == folder.report
     page = check_self_contained(path.read_text(), pictures=2)
     for shown in (
@@ -190,7 +192,7 @@ def test_report_of_an_unfinished_run(folder):
 
 def test_report_of_an_empty_folder(tmp_path):
     with pytest.raises(UserError, match=r"Expected results.json or metrics.jsonl in .* \(got neither\)"):
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))
 
 
 def test_runs_are_read_from_their_folders(folder, tmp_path):

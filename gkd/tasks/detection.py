@@ -1,0 +1,137 @@
+"""The detection task: two detectors of one library, one data set, one distiller and one trainer, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gkd.data import DetectionData, DigitScenes, UnreadableImageError
+from gkd.detection import Backend, Detector, DetectorNetwork, Regions, choose_backend
+from gkd.detection.networks import DetectorPair, TaskLosses
+from gkd.distill import Distiller
+from gkd.engine import RunFolder, Trainer
+from gkd.engine.folder import package_versions
+from gkd.errors import UserError
+from gkd.models import Teacher
+from gkd.tasks.precision import evaluate_detector
+from gkd.tasks.task import Task
+
+
+class Detection(Task):
+    """Trains, evaluates and exports a detector, with or without a teacher; the sibling of `Classification`.
+
+    What follows from the parts is wired here: classes come from the data; images reach both networks as bytes, and each normalises and pads
+    them in its own way; the distiller's stages are the levels of the feature pyramids.
+
+    Args:
+        student: The network to train.
+        teacher: The network to learn from; None trains the student alone, which is how a teacher is made.
+        data: Images with boxes; scenes of digits by default.
+        backend: ``'torchvision'``, ``'detectron2'``, a `Backend`, or None: Detectron2 where it is installed.
+        distiller: Called with the networks.
+        regions: Which regions take part in the terms that look at regions.
+        trainer: The settings of the training.
+        batch_size: Images in a step, over all processes.
+        eval_batch_size: Images in a step of an evaluation, over all processes.
+        seed: Seed of the weights, the order and the augmentation of the images.
+
+    Raises:
+        UserError: If the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        student: DetectorNetwork,
+        teacher: DetectorNetwork | None = None,
+        data: DetectionData | None = None,
+        backend: str | Backend | None = None,
+        distiller: Callable[..., Distiller] = Distiller,
+        regions: Regions | None = None,
+        trainer: Trainer | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(DigitScenes() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
+        self.backend, note = choose_backend(backend)
+        if note is not None:
+            self.trainer.fabric.print(note)
+        self.network, self.name = student, f"{student.architecture} {student.config or student.backbone}"
+        self.initial_weights = student.setting("weights", self.backend.name)
+        self.detector = self.backend.build_student(student, self.data)
+        self.teacher_detector: Detector | None = None if teacher is None else self.backend.build_teacher(teacher, self.data)
+        self.student = self.detector.model
+        self.teacher = None if self.teacher_detector is None else Teacher(self.teacher_detector.model)
+        self.distiller = distiller(
+            student=self.student,
+            teacher=self.teacher,
+            input_size=self.data.input_size,
+            task=TaskLosses(),
+            networks=DetectorPair(self.detector, self.teacher_detector, regions or Regions(), self.data.num_classes),
+        )
+        self._check_logit_terms()
+        self.place()
+
+    @property
+    def score(self) -> str:  # type: ignore[override]
+        """Number whose highest value makes the best checkpoint."""
+        return "AP50" if self.data.metric == "voc" else "AP"
+
+    def batches(self, split: str, batch_size: int, **options: Any) -> Iterator[tuple]:
+        """Batches of a split, resized as the library does it; images that cannot be read are the user's to repair."""
+        try:
+            yield from super().batches(split, batch_size, antialias=self.backend.antialias, **options)
+        except UnreadableImageError as error:
+            raise UserError(str(error)) from error
+
+    def evaluate(self, split: str = "test") -> dict[str, Any]:
+        """Record of one evaluation of the student as it is: average precisions in percent."""
+        judge = self.backend.evaluate or evaluate_detector
+        return judge(self.detector, self.data, split, partial(self.eval_batches, split))
+
+    def description_of_student(self) -> dict[str, Any]:
+        """How the detector is built, and its classes."""
+        return {
+            "task": type(self).__name__,
+            "architecture": self.network.architecture,
+            "backbone": self.network.backbone,
+            "config": self.network.config,
+            "options": self.network.setting("options", self.backend.name),
+            "backend": self.backend.name,
+            "classes": list(self.data.classes),
+            "category_ids": [int(number) for number in self.data.category_ids],
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The library, its version, and how many images could not be read."""
+        versions = package_versions(("pycocotools", "detectron2"))
+        return {"backend": self.backend.name, "unreadable_images": len(self.data.unreadable), "versions": versions}
+
+    def save(self, folder: RunFolder) -> list[Path]:
+        """Writes the student in the library's own format too."""
+        path = folder.path / self.backend.checkpoint_name
+        self.detector.save(path)
+        return [path, *super().save(folder)]
+
+    def sections(self) -> list[str]:
+        """Precision of every class, boxes detected beside the true ones, graphs of patches and regions."""
+        from gkd.viz import detections
+
+        images, targets, _ = next(iter(self.batches("test", 4)))
+        return [
+            detections.class_section(self.evaluate("test")),
+            detections.box_section(images, targets, {"student": self.detector.detect(images)}, self.data.classes),
+            detections.graph_section(self.distiller, images, targets),
+        ]
+
+    def _check_logit_terms(self) -> None:
+        stages = {detector.two_stage for detector in (self.detector, self.teacher_detector) if detector is not None}
+        for term in self.distiller.terms.values():
+            if getattr(term, "level", None) == "logits" and stages != {not getattr(term, "dense", False)}:
+                kinds = " and ".join("two stages" if two else "one stage" for two in sorted(stages))
+                raise UserError(
+                    "Expected DenseKDLoss for the class logits of one-stage detectors, and another term, such as KDLoss, for two stages "
+                    f"(got {type(term).__name__} for {kinds}). Set KD = @DenseKDLoss() or KD = @KDLoss(), or give the term the weight 0."
+                )

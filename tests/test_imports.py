@@ -93,7 +93,7 @@ def where(path: Path, imported: Imported) -> str:
 def test_the_reader_of_imports():
     source = """
 import a.b, c
-from gkd.data import order, CropFlip
+from gkd.data import epochs, CropFlip
 from . import augment
 from .augment import shift
 def f():
@@ -104,7 +104,7 @@ else:
     import real
 """
     found = {(name, on_loading) for name, _, on_loading in imports(source, "gkd.data")}
-    gkd = {("gkd.data.order", True), ("gkd.data", True), ("gkd.data.augment", True)}
+    gkd = {("gkd.data.epochs", True), ("gkd.data", True), ("gkd.data.augment", True)}
     assert found == {("a.b", True), ("c", True), ("lazy", False), ("typed", False), ("real", True)} | gkd
 
 

@@ -1,14 +1,17 @@
 """Images for training, in memory or read by workers; every draw is a pure function of (seed, epoch)."""
 
 from gkd.data.augment import CropFlip, Normalize
-from gkd.data.classification import CIFAR10, CIFAR100, ImageFolder, ImageNet
+from gkd.data.cifar import CIFAR10, CIFAR100
 from gkd.data.coco import COCO
-from gkd.data.detection import DetectionData, UnreadableImageError
+from gkd.data.detection import DetectionData
 from gkd.data.digits import Digits
+from gkd.data.folders import ImageFolder, ImageNet
 from gkd.data.memory import InMemoryImages
 from gkd.data.scenes import DigitScenes
+from gkd.data.segmentation import DigitSceneMasks, SegmentationFolder, VOCSegmentation
 from gkd.data.synthetic import RandomImages
 from gkd.data.voc import VOC
+from gkd.data.workers import UnreadableImageError
 
 __all__ = [
     "CIFAR10",
@@ -17,6 +20,7 @@ __all__ = [
     "VOC",
     "CropFlip",
     "DetectionData",
+    "DigitSceneMasks",
     "DigitScenes",
     "Digits",
     "ImageFolder",
@@ -24,5 +28,7 @@ __all__ = [
     "InMemoryImages",
     "Normalize",
     "RandomImages",
+    "SegmentationFolder",
     "UnreadableImageError",
+    "VOCSegmentation",
 ]

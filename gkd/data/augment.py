@@ -134,6 +134,12 @@ def choose(augment: Augmentation | str | None, default: Augmentation) -> Augment
     return augment
 
 
+def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raises unless there are a mean and a positive standard deviation for each channel."""
+    if not len(mean) == len(std) == channels or min(std) <= 0:
+        raise ValueError(f"Expected mean and positive std for each of {channels} channels (got mean={mean}, std={std})")
+
+
 class Normalize:
     r"""Turns bytes into normalised floats in one pass.
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from gkd.data.detection import DetectionData, Part, Sample, clip_boxes
+from gkd.data.images import check_files, read_image
 
 _log = logging.getLogger(__name__)
 
@@ -89,31 +87,6 @@ class COCO(DetectionData):
             subset=subset,
             num_workers=num_workers,
             skip_unreadable=skip_unreadable,
-        )
-
-
-def read_image(path: str) -> Tensor:
-    """The RGB bytes of an image file [3, h, w], turned as its camera says (EXIF), as COCO's annotations expect."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as picture:
-        turned = ImageOps.exif_transpose(picture).convert("RGB")
-    return torch.from_numpy(np.array(turned)).permute(2, 0, 1).contiguous()
-
-
-def check_files(paths: Sequence[Path]) -> None:
-    """Raises where image files are absent; each folder is listed once, which is fast for a hundred thousand of them.
-
-    Raises:
-        ValueError: If there are none of these files, or not all.
-    """
-    folders = {path.parent for path in paths}
-    listed = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
-    absent = [path for path in paths if path.name not in listed[path.parent]]
-    if absent:
-        raise ValueError(
-            f"Expected all {len(paths)} images that the annotations name (got {len(absent)} absent, such as {absent[0]}). Download them, "
-            "or take them out of the annotations."
         )
 
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from gkd.data.base import AUGMENT, ORDER
-from gkd.data.order import generator, mix, num_steps, plan_epoch
-
-_log = logging.getLogger(__name__)
+from gkd.data.epochs import Plan, generator
+from gkd.data.workers import FileData, PackedStrings, Reader
 
 DetectionBatch = tuple[list[Tensor], list[dict[str, Any]], Tensor]
-
-
-class UnreadableImageError(ValueError):
-    """Images of a batch that cannot be read; the message names them and says how many there were so far."""
 
 
 class Sample(NamedTuple):
@@ -54,7 +46,7 @@ class Part:
     annotations: Mapping[str, Any]
 
 
-class DetectionData:
+class DetectionData(FileData):
     """Images with boxes in splits, read in batches that depend on (seed, epoch, step) and on nothing else.
 
     The splits are ``'train'`` (shuffled, flipped, resized to one of ``min_size``; the last batch is dropped when it is not full), and, in
@@ -117,115 +109,55 @@ class DetectionData:
         self.num_classes = len(self.classes)
         self.min_size, self.max_size, self.flip = tuple(sizes), max_size, flip
         self.input_size = (3, 64, 64)
-        self.skip_unreadable = skip_unreadable
-        self.unreadable: dict[str, str] = {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        default = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        self.num_workers = default if num_workers is None else num_workers
-        self._read = read
-
-        train = [sample for sample in parts["train"].samples if len(sample.boxes) or not skip_empty]
-        order = torch.randperm(len(train), generator=generator(split_seed)).tolist()
-        num_held = _count(holdout, len(order), "holdout")
-        num_train = len(order) - num_held if subset is None else _count(subset, len(order) - num_held, "subset")
-        chosen = {"train": order[num_held : num_held + num_train], "val": order[:num_held]}
-        self._samples = {split: [train[row] for row in sorted(rows)] for split, rows in chosen.items()}
-        self._samples["test"] = list(parts["test"].samples)
-        self._annotations = {"train": parts["train"].annotations, "val": parts["train"].annotations, "test": parts["test"].annotations}
-        for split in ("train", "test"):
-            if not self._samples[split]:
-                raise ValueError(
-                    f"Expected images in the split '{split}' (got none; images without boxes are left out of the training while "
-                    "skip_empty = True)"
-                )
-
-    def num_samples(self, split: str) -> int:
-        """Counts the images of a split; ``'val'`` has none unless some were held out."""
-        return len(self.samples(split))
-
-    def num_batches(self, split: str, batch_size: int, world_size: int = 1) -> int:
-        """Counts the steps of an epoch in which each of ``world_size`` processes takes ``batch_size`` images."""
-        return num_steps(self.num_samples(split), batch_size, world_size, drop_last=split == "train")
+        self._read_image = read
+        rows = [row for row, sample in enumerate(parts["train"].samples) if len(sample.boxes) or not skip_empty]
+        if not rows:
+            raise ValueError(
+                "Expected images in the part 'train' (got none; images without boxes are left out of the training while skip_empty = True)"
+            )
+        order = torch.tensor(rows)[torch.randperm(len(rows), generator=generator(split_seed))]
+        numbers = {part: len(content.samples) for part, content in parts.items()}
+        super().__init__(numbers, order, holdout, subset, num_workers, skip_unreadable)
+        self._parts = dict(parts)
 
     def samples(self, split: str) -> list[Sample]:
         """The images of a split, in order: ``samples(split)[index]`` are those of a batch."""
-        if split not in self._samples:
-            raise ValueError(f"Expected a split among {', '.join(map(repr, self._samples))} (got {split!r})")
-        return self._samples[split]
+        part, rows = self._rows(split)
+        return [self._parts[part].samples[row] for row in rows.tolist()]
 
     def annotations(self, split: str) -> dict[str, Any]:
         """What is known of the images of a split, in the form of COCO's json, crowd regions and difficult objects included."""
-        known = self._annotations[split]
+        content = self._parts[self._rows(split)[0]].annotations
         ids = {sample.image_id for sample in self.samples(split)}
         return {
             "info": {},
-            "images": [image for image in known["images"] if image["id"] in ids],
-            "annotations": [annotation for annotation in known["annotations"] if annotation["image_id"] in ids],
-            "categories": list(known["categories"]),
+            "images": [image for image in content["images"] if image["id"] in ids],
+            "annotations": [annotation for annotation in content["annotations"] if annotation["image_id"] in ids],
+            "categories": list(content["categories"]),
         }
 
     def image(self, split: str, index: int) -> Tensor:
         """The RGB bytes [3, h, w] of one image as it is stored."""
-        return self._read(self.samples(split)[index].source)
+        part, rows = self._rows(split)
+        return self._read_image(self._parts[part].samples[int(rows[index])].source)
 
-    def batches(
-        self,
-        split: str,
-        batch_size: int,
-        *,
-        antialias: bool = False,
-        epoch: int = 0,
-        start: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> Iterator[DetectionBatch]:
-        """Reads an epoch of a split in batches.
+    def _files(self) -> list[str]:
+        return [sample.source for part in self._parts.values() for sample in part.samples]
 
-        The order depends on (seed, epoch), flip and size of an image on (seed, epoch) and its index, so that ``start`` continues an
-        interrupted epoch bit for bit whatever the number of workers.
+    def _reader(self, split: str, **options: Any) -> Reader:
+        samples = self._parts[self._members[split][0]].samples
+        return _Images(samples, self._read_image, self.min_size, self.max_size, self.flip, **options)
 
-        Args:
-            split: ``'train'``, ``'val'`` or ``'test'``.
-            batch_size: Images that one process takes in one step.
-            antialias: Whether images are smoothed before they are made smaller, as PIL does.
-            epoch: Only ``'train'`` depends on it, and on the seed.
-            start: Steps of the epoch to leave out; they are not even read.
-            seed: Seed of the run.
-            rank: This process.
-            world_size: Number of processes.
-            device: Where images and targets are wanted.
-
-        Raises:
-            ValueError: If the split is unknown or too small for one batch.
-            UnreadableImageError: If an image cannot be read and `skip_unreadable` is not set, or a whole batch cannot be read.
-        """
-        if batch_size < 1 or self.num_batches(split, batch_size, world_size) < 1:
-            raise ValueError(
-                f"Expected at least one batch of {world_size} x {batch_size} images (got {self.num_samples(split)} in '{split}')"
-            )
-        train = split == "train"
-        samples = self.samples(split)
-        order = torch.randperm(len(samples), generator=generator(seed, epoch, ORDER)) if train else torch.arange(len(samples))
-        plan = plan_epoch(order, batch_size, drop_last=train, start=start, rank=rank, world_size=world_size)
-        steps = [
-            [(row, mix(seed, epoch, AUGMENT, row) if train else None) for row in rows.tolist()]
-            for rows in (plan.samples.split(plan.sizes) if plan.sizes else ())
-        ]
-        images = _Images(samples, self._read, self.min_size, self.max_size, self.flip if train else 0.0, antialias)
-        pin = torch.device(device).type == "cuda"
-        # A generator of its own, or each epoch would draw from the global one.
-        loader = DataLoader(
-            images, batch_sampler=steps, num_workers=self.num_workers, collate_fn=list, pin_memory=pin, generator=torch.Generator()
-        )
-        for step, read in zip(steps, loader, strict=True):
-            batch = [(row, item) for (row, _), item in zip(step, read, strict=True) if not isinstance(item, str)]
-            failed = {str(samples[row].source): item for (row, _), item in zip(step, read, strict=True) if isinstance(item, str)}
-            self._take_note(failed, len(batch))
-            pixels = [item[0].to(device, non_blocking=True) for _, item in batch]
-            targets = [self._target(samples[row], item[0], item[1], device) for row, item in batch]
-            yield pixels, targets, torch.tensor([row for row, _ in batch])
+    def _read(self, split: str, plan: Plan, draw: tuple[int, int] | None, device: torch.device, **options: Any) -> Iterator[DetectionBatch]:
+        part, rows = self._members[split]
+        samples = self._parts[part].samples
+        for index, batch in self._load(split, plan, draw, device, **options):
+            pixels = [image.to(device, non_blocking=True) for image, _ in batch]
+            targets = [
+                self._target(samples[row], image, is_flipped, device)
+                for row, (image, is_flipped) in zip(rows[index].tolist(), batch, strict=True)
+            ]
+            yield pixels, targets, index
 
     def _target(self, sample: Sample, image: Tensor, is_flipped: bool, device: torch.device | str) -> dict[str, Any]:
         height, width = image.shape[-2:]
@@ -235,21 +167,9 @@ class DetectionData:
         located = {"boxes": boxes.to(device, non_blocking=True), "labels": sample.labels.to(device, non_blocking=True)}
         return {**located, "image_id": sample.image_id, "size": sample.size}
 
-    def _take_note(self, failed: dict[str, str], num_read: int) -> None:
-        new = {source: reason for source, reason in failed.items() if source not in self.unreadable}
-        self.unreadable.update(new)
-        if failed and (not self.skip_unreadable or num_read == 0):
-            named = "\n".join(f"  {source}: {reason}" for source, reason in failed.items())
-            raise UnreadableImageError(
-                f"Expected readable images (got {len(self.unreadable)} so far that cannot be read).\n{named}\n"
-                "Replace them, take them out of the annotations, or set skip_unreadable = True to go on without them."
-            )
-        for source, reason in new.items():
-            _log.warning("image left out, it cannot be read: %s: %s (%d so far)", source, reason, len(self.unreadable))
 
-
-class _Images(Dataset):
-    """Reads, resizes and flips one image, in a worker or here; gives it with whether it was flipped, or the reason why there is none."""
+class _Images(Reader):
+    """Reads, resizes and flips one image; gives it with whether it was flipped."""
 
     def __init__(
         self,
@@ -258,26 +178,33 @@ class _Images(Dataset):
         min_size: Sequence[int],
         max_size: int,
         flip: float,
-        antialias: bool,
+        antialias: bool = False,
     ) -> None:
-        self.samples, self.read = samples, read
+        self.sources = PackedStrings(sample.source for sample in samples)
+        self.sizes = np.array([sample.size for sample in samples], dtype=np.int32)
+        self.read_image = read
         self.min_size, self.max_size, self.flip, self.antialias = min_size, max_size, flip, antialias
 
-    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, bool] | str:
-        row, seed = item
-        sample = self.samples[row]
-        try:
-            image = self.read(sample.source)
-        except Exception as error:  # whatever a damaged file makes a decoder raise
-            return f"{type(error).__name__}: {error}"
-        if tuple(image.shape[1:]) != sample.size:
-            return f"Expected {sample.size[0]} x {sample.size[1]} pixels, as the annotations say (got {image.shape[1]} x {image.shape[2]})"
+    def source(self, row: int) -> str:
+        return self.sources[row]
+
+    def read(self, row: int) -> Tensor:
+        image = self.read_image(self.sources[row])
+        height, width = self.sizes[row].tolist()
+        if tuple(image.shape[1:]) != (height, width):
+            raise ValueError(f"Expected {height} x {width} pixels, as the annotations say (got {image.shape[1]} x {image.shape[2]})")
+        return image
+
+    def prepare(self, image: Tensor, row: int, seed: int | None) -> tuple[Tensor, bool]:
         chance = [1.0, 1.0] if seed is None else torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
         if self.min_size:
             chosen = self.min_size[-1] if seed is None else self.min_size[int(chance[0] * len(self.min_size))]
             image = resize(image, chosen, self.max_size, self.antialias)
         is_flipped = chance[1] < self.flip
         return (image.flip(2) if is_flipped else image), is_flipped
+
+    def collate(self, samples: Sequence[tuple[Tensor, bool]]) -> list[tuple[Tensor, bool]]:
+        return list(samples)
 
 
 def resize(image: Tensor, min_size: int, max_size: int, antialias: bool = False) -> Tensor:
@@ -317,10 +244,3 @@ def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     height, width = size
     clipped = torch.stack([boxes[:, side].clamp(0, (width, height)[side % 2]) for side in range(4)], dim=1)
     return clipped, (clipped[:, 2:] > clipped[:, :2]).all(1)
-
-
-def _count(amount: float | int, total: int, name: str) -> int:
-    number = round(amount * total) if isinstance(amount, float) else amount
-    if amount < 0 or number > total:
-        raise ValueError(f"Expected {name} as a share (float) in [0, 1] or a number (int) of at most {total} images (got {amount!r})")
-    return number

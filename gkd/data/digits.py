@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gkd.data.augment import Augmentation, CropFlip, choose
+from gkd.data.epochs import stratified_order
 from gkd.data.memory import InMemoryImages
-from gkd.data.order import stratified_order
 
 # Seed of the division into training and test images: a fact of this data set, not a setting.
 _TEST_SEED = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gkd.data.augment import Augmentation, Normalize
-from gkd.data.base import AUGMENT, Batch, ImageData
-from gkd.data.order import Plan, generator
+from gkd.data.classification import Batch, ImageData
+from gkd.data.epochs import AUGMENT, Plan, generator
 
 # Pixel values augmented in one go on an accelerator, where launching kernels costs more than running them on one batch.
 _ACCELERATOR_CHUNK = 1 << 24
@@ -82,7 +83,7 @@ class InMemoryImages(ImageData):
         self._normalize = Normalize(self.mean, self.std, channels_last)
         self._images = {part: images for part, (images, _) in parts.items()}
 
-    def _read(self, split: str, plan: Plan, draw: tuple[int, int] | None, device: torch.device) -> Iterator[Batch]:
+    def _read(self, split: str, plan: Plan, draw: tuple[int, int] | None, device: torch.device, **options: Any) -> Iterator[Batch]:
         part, members = self._members[split]
         images = self._images[part] = self._images[part].to(device)  # moves once, and again only when another device asks
         rows, targets, index = (x.to(device) for x in (members[plan.samples], self._targets[split][plan.samples], plan.samples))

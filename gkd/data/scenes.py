@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from gkd.data.detection import DetectionData, Part, Sample
-from gkd.data.order import mix, stratified_order
-
-Array = np.ndarray[Any, Any]
-
-# Seed of the division of the digits into those of training and of test scenes: a fact of this data set, not a setting.
-_DIGIT_SEED = 0
-_TEST_SHARE = 0.3
+from gkd.data.drawing import draw_scenes
 
 
 class DigitScenes(DetectionData):
@@ -67,31 +58,21 @@ class DigitScenes(DetectionData):
         skip_empty: bool = True,
         min_size: int | None = None,
     ) -> None:
-        if size < 16 or not 0 <= digits[0] <= digits[1] or not 0 < scale[0] <= scale[1] <= 1 or min(num_train, num_test) < 1:
-            raise ValueError(
-                "Expected size >= 16, 0 <= fewest <= most digits, 0 < smallest <= largest scale <= 1 and scenes in both parts "
-                f"(got {size}, {digits}, {scale}, {num_train} and {num_test})"
-            )
-        pools = _digit_pools()
-        self._scenes: dict[tuple[str, int], Tensor] = {}
+        scenes = draw_scenes({"train": num_train, "test": num_test}, size, digits, scale, clutter, overlap, scene_seed)
+        self._scenes: dict[str, Tensor] = {}
         parts = {}
-        for number, (part, count) in enumerate((("train", num_train), ("test", num_test))):
+        for number, part in enumerate(scenes):
             samples: list[Sample] = []
             annotations: list[dict[str, Any]] = []
-            for index in range(count):
-                chance = np.random.default_rng(mix(scene_seed, number, index))
-                image, boxes, labels = compose(chance, pools[part], size, digits, scale, clutter, overlap)
-                source, image_id = (part, index), number * 10_000_000 + index + 1
-                self._scenes[source] = image
-                samples.append(Sample(image_id, source, (size, size), boxes, labels))
+            for index, scene in enumerate(scenes[part]):
+                source, image_id = f"{part}/{index:06d}.png", number * 10_000_000 + index + 1
+                self._scenes[source] = scene.image
+                samples.append(Sample(image_id, source, (size, size), scene.boxes, scene.labels))
                 annotations += [
                     _annotation(len(annotations) + i + 1, image_id, box, int(label))
-                    for i, (box, label) in enumerate(zip(boxes.tolist(), labels, strict=True))
+                    for i, (box, label) in enumerate(zip(scene.boxes.tolist(), scene.labels, strict=True))
                 ]
-            images = [
-                {"id": sample.image_id, "height": size, "width": size, "file_name": f"{part}/{sample.source[1]:06d}.png"}
-                for sample in samples
-            ]
+            images = [{"id": sample.image_id, "height": size, "width": size, "file_name": sample.source} for sample in samples]
             categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
             parts[part] = Part(samples, {"images": images, "annotations": annotations, "categories": categories})
         super().__init__(
@@ -107,129 +88,8 @@ class DigitScenes(DetectionData):
             num_workers=0,
         )
 
-
-def compose(
-    chance: np.random.Generator,
-    pool: tuple[Array, Array],
-    size: int,
-    digits: tuple[int, int] = (1, 6),
-    scale: tuple[float, float] = (0.12, 0.45),
-    clutter: int = 8,
-    overlap: float = 0.3,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Composes one scene.
-
-    Args:
-        chance: Where all draws come from.
-        pool: Digits [m, 8, 8] in [0, 1] and their classes [m].
-        size: As in `DigitScenes`, and so the others.
-        digits: Fewest and most.
-        scale: Smallest and largest.
-        clutter: Most pieces.
-        overlap: Largest covered share.
-
-    Shapes:
-        - **output**: image [3, size, size] uint8, boxes [n, 4], labels [n] long
-    """
-    canvas = _ground(chance, size)
-    pieces = int(chance.integers(0, clutter + 1))
-    for _ in range(pieces - pieces // 3):
-        _draw_clutter(chance, canvas, pool[0], size)
-    boxes: list[list[float]] = []
-    labels: list[int] = []
-    for _ in range(int(chance.integers(digits[0], digits[1] + 1))):
-        for _ in range(8):  # places to try
-            chosen = int(chance.integers(len(pool[0])))
-            height = size * scale[0] * (scale[1] / scale[0]) ** chance.random()
-            glyph = _glyph(pool[0][chosen], max(6, round(height)), 0.75 + 0.5 * chance.random())
-            if glyph.shape[0] > size or glyph.shape[1] > size:
-                continue
-            top, left = (int(chance.integers(0, size - length + 1)) for length in glyph.shape)
-            box = [float(left), float(top), float(left + glyph.shape[1]), float(top + glyph.shape[0])]
-            if _most_covered(box, boxes) <= overlap:
-                _paint(chance, canvas, glyph, top, left)
-                boxes.append(box)
-                labels.append(int(pool[1][chosen]))
-                break
-    for _ in range(pieces // 3):  # before the digits
-        _draw_line(chance, canvas, size)
-    canvas += chance.normal(0.0, 0.02, (3, size, size))
-    image = torch.from_numpy((canvas.clip(0, 1) * 255).round().astype(np.uint8))
-    return image, torch.tensor(boxes).view(-1, 4), torch.tensor(labels, dtype=torch.long)
-
-
-def _digit_pools() -> dict[str, tuple[Array, Array]]:
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    images, targets = (loaded.images / 16).astype(np.float32), loaded.target
-    order = stratified_order(torch.from_numpy(targets).long(), _DIGIT_SEED).numpy()
-    num_test = round(_TEST_SHARE * len(order))
-    return {part: (images[rows], targets[rows]) for part, rows in (("test", order[:num_test]), ("train", order[num_test:]))}
-
-
-def _enlarged(grey: Array, height: int, width: int) -> Array:
-    return np.asarray(Image.fromarray(np.ascontiguousarray(grey)).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _glyph(digit: Array, height: int, aspect: float) -> Array:
-    """The strokes of a digit [h, w] in [0, 1], enlarged, without empty rows and columns around them."""
-    rows, columns = (np.flatnonzero(digit.max(side) > 0.25) for side in (1, 0))
-    strokes = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    width = max(4, round(height * strokes.shape[1] / strokes.shape[0] * aspect))
-    return ((_enlarged(strokes, height, width) - 0.15) / 0.6).clip(0, 1)
-
-
-def _ground(chance: np.random.Generator, size: int) -> Array:
-    """A colour that changes slowly over the image [3, size, size]."""
-    coarse = chance.uniform(-0.5, 0.5, (3, 4, 4)).astype(np.float32)
-    level, contrast = chance.uniform(0.25, 0.6), chance.uniform(0.1, 0.35)
-    return np.stack([level + contrast * _enlarged(plane, size, size) for plane in coarse]).astype(np.float32)
-
-
-def _paint(chance: np.random.Generator, canvas: Array, glyph: Array, top: int, left: int, contrast: float = 0.3) -> None:
-    """Draws a glyph, clearly brighter or darker than what is behind it."""
-    window = canvas[:, top : top + glyph.shape[0], left : left + glyph.shape[1]]
-    sign = 1.0 if chance.random() < 0.5 else -1.0
-    colour = window.mean((1, 2), keepdims=True) + sign * chance.uniform(contrast, contrast + 0.3, (3, 1, 1))
-    window += glyph * (colour.clip(0, 1) - window)
-
-
-def _draw_clutter(chance: np.random.Generator, canvas: Array, digits: Array, size: int) -> None:
-    """A line, or a piece cut out of a digit."""
-    if chance.random() < 0.5:
-        _draw_line(chance, canvas, size)
-        return
-    height = max(6, round(size * chance.uniform(0.1, 0.3)))
-    glyph = _glyph(digits[int(chance.integers(len(digits)))], height, 1.0)
-    rows = slice(0, max(2, height // 2)) if chance.random() < 0.5 else slice(height // 2, height)
-    piece = glyph[rows, : max(2, round(glyph.shape[1] * 0.6))]
-    if max(piece.shape) < size:
-        top, left = (int(chance.integers(0, size - length + 1)) for length in piece.shape)
-        _paint(chance, canvas, piece, top, left, contrast=0.1)
-
-
-def _draw_line(chance: np.random.Generator, canvas: Array, size: int) -> None:
-    start, end = chance.uniform(0, size, (2, 2)).astype(np.float32)
-    grid = np.arange(size, dtype=np.float32) + 0.5
-    across, down = grid[None, :] - start[0], grid[:, None] - start[1]
-    along = end - start
-    share = ((across * along[0] + down * along[1]) / max(float(along @ along), 1e-6)).clip(0, 1)
-    distance = np.hypot(across - share * along[0], down - share * along[1])
-    stroke = 0.5 * (1 + chance.uniform(0.5, size / 60) - distance).clip(0, 1)
-    canvas += stroke * (chance.uniform(0.0, 1.0, (3, 1, 1)) - canvas)
-
-
-def _most_covered(box: list[float], others: list[list[float]]) -> float:
-    """Largest share of a box, this or another, that lies in their intersection."""
-    covered = 0.0
-    for other in others:
-        width = min(box[2], other[2]) - max(box[0], other[0])
-        height = min(box[3], other[3]) - max(box[1], other[1])
-        if width > 0 and height > 0:
-            smaller = min((corners[2] - corners[0]) * (corners[3] - corners[1]) for corners in (box, other))
-            covered = max(covered, width * height / smaller)
-    return covered
+    def _files(self) -> list[str]:
+        return []
 
 
 def _annotation(number: int, image_id: int, box: list[float], label: int) -> dict[str, Any]:

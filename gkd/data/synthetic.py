@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gkd.data.augment import Augmentation
+from gkd.data.epochs import generator
 from gkd.data.memory import InMemoryImages
-from gkd.data.order import generator
 
 
 class RandomImages(InMemoryImages):

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import torch
 
-from gkd.data.coco import check_files, read_image
 from gkd.data.detection import DetectionData, Part, Sample, clip_boxes
+from gkd.data.images import check_files, read_image
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +65,7 @@ class VOC(DetectionData):
         num_workers: int | None = None,
         skip_unreadable: bool = False,
     ) -> None:
-        root = Path(root).expanduser()
-        if (root / "VOCdevkit").is_dir():
-            root = root / "VOCdevkit"
-        if not root.is_dir():
-            raise ValueError(
-                f"Expected the folder of Pascal VOC at {root} (got none, seen from {Path.cwd()}). Download the archives of 2007 and 2012 "
-                "from http://host.robots.ox.ac.uk/pascal/VOC/, unpack them there, or correct VOC.root."
-            )
+        root = devkit(root, type(self).__name__)
         parts = {part: _read_part(root, sets, tuple(classes), difficult) for part, sets in (("train", train), ("test", test))}
         super().__init__(
             parts,
@@ -91,6 +84,55 @@ class VOC(DetectionData):
         )
 
 
+def devkit(root: str | Path, kind: str) -> Path:
+    """Finds the folder that holds those of the years.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    root = Path(root).expanduser()
+    if (root / "VOCdevkit").is_dir():
+        root = root / "VOCdevkit"
+    if not root.is_dir():
+        raise ValueError(
+            f"Expected the folder of Pascal VOC at {root} (got none, seen from {Path.cwd()}). Download the archives of 2007 and 2012 "
+            f"from http://host.robots.ox.ac.uk/pascal/VOC/, unpack them there, or correct {kind}.root."
+        )
+    return root
+
+
+def image_sets(root: Path, sets: str | Sequence[str], folder: str, kind: str) -> list[tuple[Path, str]]:
+    """Lists the images of sets such as ``'VOC2007/trainval'``: the folder of the year, and the name without its suffix.
+
+    Args:
+        root: See :func:`devkit`.
+        sets: One set, or several.
+        folder: ``'Main'`` or ``'Segmentation'``.
+        kind: The class that asks.
+
+    Raises:
+        ValueError: If a set is absent.
+    """
+    names = []
+    for wanted in [sets] if isinstance(sets, str) else sets:
+        year, _, split = wanted.partition("/")
+        path = root / year / "ImageSets" / folder / f"{split}.txt"
+        if not path.is_file():
+            there = sorted(f"{file.parents[2].name}/{file.stem}" for file in root.glob(f"*/ImageSets/{folder}/*.txt"))
+            raise ValueError(
+                f"Expected the image set {wanted} at {path} (got no such file; there are {', '.join(there[:6]) or 'none'}). Bind "
+                f"{kind}.train and {kind}.test to sets that are there."
+            )
+        names += [(root / year, _set_name(line)) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return names
+
+
+def _set_name(line: str) -> str:
+    """The name in a line of a set, which may hold spaces; the sets of a single class have 1, 0 or -1 behind it."""
+    name, _, mark = line.strip().rpartition(" ")
+    return name.strip() if name and mark in ("1", "0", "-1") else line.strip()
+
+
 class _Object(NamedTuple):
     name: str
     corners: list[float]
@@ -103,7 +145,7 @@ def _read_part(root: Path, sets: Sequence[str], classes: Sequence[str], difficul
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
-    for folder, name in _image_names(root, [sets] if isinstance(sets, str) else sets):
+    for folder, name in image_sets(root, sets, "Main", "VOC"):
         path = folder / "Annotations" / f"{name}.xml"
         size, objects = _read_xml(path)
         unknown = next((found.name for found in objects if found.name not in label_of), None)
@@ -139,21 +181,6 @@ def _read_part(root: Path, sets: Sequence[str], classes: Sequence[str], difficul
             _log.warning("%s: %d boxes %s", ", ".join(sets), count, what)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(classes)]
     return Part(samples, {"images": images, "annotations": annotations, "categories": categories})
-
-
-def _image_names(root: Path, sets: Sequence[str]) -> list[tuple[Path, str]]:
-    names = []
-    for wanted in sets:
-        year, _, split = wanted.partition("/")
-        path = root / year / "ImageSets" / "Main" / f"{split}.txt"
-        if not path.is_file():
-            found = sorted(f"{file.parents[2].name}/{file.stem}" for file in root.glob("VOC*/ImageSets/Main/*.txt"))
-            raise ValueError(
-                f"Expected the image set {wanted} at {path} (got no such file; there are {', '.join(found[:6]) or 'none'}). Bind "
-                "VOC.train and VOC.test to sets that are there."
-            )
-        names += [(root / year, line.split()[0]) for line in path.read_text().splitlines() if line.strip()]
-    return names
 
 
 def _read_xml(path: Path) -> tuple[tuple[int, int], list[_Object]]:

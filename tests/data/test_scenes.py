@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gkd.data import DigitScenes
-from gkd.data.scenes import _digit_pools, compose
+from gkd.data.drawing import compose, digit_pools
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,12 @@ def test_boxes_lie_in_the_scene_and_agree_with_the_annotations(data):
 
 
 def test_a_digit_is_drawn_in_its_box_and_nothing_else_without_clutter():
-    pool = _digit_pools()["train"]
+    pool = digit_pools()["train"]
     images = []
     for least in (0, 1):
-        image, boxes, _ = compose(np.random.default_rng(3), pool, 64, digits=(least, least), clutter=0)
-        images.append(image.float())
-    left, top, right, bottom = (int(value) for value in boxes[0])
+        scene = compose(np.random.default_rng(3), pool, 64, digits=(least, least), clutter=0)
+        images.append(scene.image.float())
+    left, top, right, bottom = (int(value) for value in scene.boxes[0])
     change = (images[1] - images[0]).abs().mean(0)
     inside = change[top:bottom, left:right].mean()
     change[top:bottom, left:right] = 0
@@ -57,7 +57,7 @@ def test_a_digit_is_drawn_in_its_box_and_nothing_else_without_clutter():
 
 
 def test_digits_of_the_test_scenes_are_others():
-    train, test = (_digit_pools()[part][0] for part in ("train", "test"))
+    train, test = (digit_pools()[part][0] for part in ("train", "test"))
     assert len(train) + len(test) == 1797
     assert abs(len(test) / 1797 - 0.3) < 0.01
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from gkd.data import ImageFolder
-from gkd.data.loader import _Paths
+from gkd.data.workers import PackedStrings
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
 
@@ -113,7 +113,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, num_workers, caplog):
     broken = [root / "train" / "dog" / "dog1.png", root / "train" / "owl" / "owl3.png"]
     broken[0].write_bytes(broken[0].read_bytes()[:60])
     broken[1].write_text("not an image")
-    with pytest.raises(ValueError, match="Expected 12 readable 'train' images in a batch") as caught:
+    with pytest.raises(ValueError, match="Expected 12 readable images of the part 'train' in a batch") as caught:
         list(ImageFolder(root, size=8, num_workers=num_workers).batches("train_eval", 12))
     assert "got 2 that cannot be read" in str(caught.value)
     assert all(str(path) in str(caught.value) for path in broken)
@@ -127,13 +127,13 @@ def test_unreadable_images_are_named_and_counted(tmp_path, num_workers, caplog):
     assert set(data.unreadable) == {str(path) for path in broken}
     list(data.batches("train", 4))
     assert len([record for record in caplog.records if "cannot be read" in record.message]) == 2  # Once an image, not once an epoch.
-    with pytest.raises(ValueError, match=r"\(got 1 that cannot be read\)"):  # A batch of nothing helps nobody.
+    with pytest.raises(ValueError, match=r"\(got 1 that cannot be read; 2 so far\)"):  # A batch of nothing helps nobody.
         list(data.batches("train_eval", 1))
 
 
 def test_paths_come_back():
     paths = ["/a/b.png", "", "ü/漢字.jpg", "/a/b c.png"]
-    stored = _Paths(paths)
+    stored = PackedStrings(paths)
     assert [stored[row] for row in range(4)] == paths
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gkd.data.order import generator, mix, num_steps, plan_epoch, stratified_order
+from gkd.data.epochs import generator, mix, num_steps, plan_epoch, stratified_order
 
 
 def test_mix_is_the_published_splitmix64():

@@ -112,8 +112,27 @@ def test_wrong_folders_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"only one of train and test: \['b', 'c'\]"):
         ImageFolder(tmp_path)
     (tmp_path / "train" / "hollow").mkdir()
-    with pytest.raises(ValueError, match="no valid file for the classes hollow"):
+    with pytest.raises(ValueError, match="no images of the classes hollow"):
         ImageFolder(tmp_path)
+
+
+def test_what_other_programs_leave_in_folders_is_no_class_and_no_image(tmp_path):
+    write_images(tmp_path, "train/a", "train/b", "test/a", "test/b")
+    write_images(tmp_path, "train/.ipynb_checkpoints", "train/__MACOSX/a", "test/a/.ipynb_checkpoints")
+    (tmp_path / "train" / "a" / "._image.png").write_bytes(b"no image")
+    (tmp_path / "train" / "a" / "notes.txt").touch()
+    data = ImageFolder(tmp_path, size=8, num_workers=0)
+    assert data.classes == ("a", "b")
+    assert [data.num_samples(split) for split in ("train", "test")] == [2, 2]
+
+
+def test_files_that_vanish_are_found_before_the_training(tmp_path):
+    write_images(tmp_path, "train/a", "train/b", "test/a", "test/b")
+    data = ImageFolder(tmp_path, size=8, num_workers=0)
+    data.check_files()
+    (tmp_path / "test" / "b" / "image.png").unlink()
+    with pytest.raises(ValueError, match=r"Expected all 4 files .*got 1 absent: .*test/b/image.png"):
+        data.check_files()
 
 
 def test_imagenet_wants_its_thousand_classes(tmp_path):
@@ -133,5 +152,5 @@ def test_imagenet_tests_on_the_validation_images(tmp_path, monkeypatch):
     data = ImageNet(tmp_path, num_workers=0)
     assert data.classes == tuple(names)
     assert [data.num_samples(split) for split in ("train", "val", "test")] == [1000, 0, 1000]
-    with pytest.raises(ValueError, match=r"Expected 2 readable 'test' images in a batch \(got 2"):
+    with pytest.raises(ValueError, match=r"Expected 2 readable images of the part 'test' in a batch \(got 2"):
         next(data.batches("test", 2))

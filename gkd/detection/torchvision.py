@@ -24,8 +24,9 @@ from gkd.detection.backend import Backend
 from gkd.detection.interface import Detections, Detector, DetectorNetwork, Images, Output, Targets
 from gkd.errors import UserError
 from gkd.files import write_atomic
+from gkd.models.checkpoints import read_weights
 from gkd.models.names import near
-from gkd.models.weights import load_weights, read_weights
+from gkd.models.weights import load_weights
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 MOBILENETS = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")

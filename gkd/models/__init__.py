@@ -1,13 +1,14 @@
 """Networks, and what distillation attaches to them: taps on their features, adapters, and the fixed teacher."""
 
 from gkd.models.adapters import ChannelAdapter
+from gkd.models.checkpoints import read_weights
 from gkd.models.classifiers import build_classifier
 from gkd.models.listing import TapShape, list_taps
 from gkd.models.maps import tokens_to_map
 from gkd.models.outputs import read_logits
 from gkd.models.taps import FeatureTaps
 from gkd.models.teacher import Teacher
-from gkd.models.weights import load_weights, read_weights
+from gkd.models.weights import load_weights
 
 __all__ = [
     "ChannelAdapter",

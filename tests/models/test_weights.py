@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import pickle
+import subprocess
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,6 +39,10 @@ def test_published_resnet56():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in published.items())
 
 
+def renamed(state, prefix):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -43,11 +51,31 @@ def test_published_resnet56():
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"student": state},
         lambda state: {"model": {"state_dict": state}},
-        lambda state: {f"module.{name}": value for name, value in state.items()},
-        lambda state: {"model": {f"module._orig_mod.{name}": value for name, value in state.items()}},
-        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
-        # As the CRD zoo writes its checkpoints.
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}},
+        lambda state: {"net": state, "acc": 72.3, "epoch": 3},
+        lambda state: {"model_ema": renamed(state, "module.")},
+        lambda state: {"state_dict_ema": state},
+        lambda state: {"ema": state, "updates": 3},
+        lambda state: {"state_dict": state, "state_dict_ema": {name: torch.zeros_like(value) for name, value in state.items()}},
+        lambda state: {"anything": state, "epoch": 3},
+        lambda state: renamed(state, "module."),
+        lambda state: {"model": renamed(state, "module._orig_mod.")},
+        lambda state: renamed(state, "_orig_mod.module."),
+        lambda state: renamed(state, "student."),
+        lambda state: renamed(state, "net."),
+        lambda state: renamed(state, "backbone."),
+        lambda state: {"state_dict": renamed(state, "module.model."), "pytorch-lightning_version": "2.4"},
+        # A distiller's: student, teacher of the same architecture, and layers of its own.
+        lambda state: {
+            **renamed({name: torch.zeros_like(value) for name, value in state.items()}, "teacher."),
+            **renamed(state, "student."),
+            "adapter.weight": torch.zeros(3),
+        },
+        # torch.optim.swa_utils.AveragedModel
+        lambda state: {"n_averaged": torch.tensor(3), **renamed(state, "module.")},
+        # As the CRD zoo writes its checkpoints, and with the numbers and paths that training programs leave.
         lambda state: {"opt": argparse.Namespace(lr=0.05, steps=[1, 2]), "model": state, "best_acc": torch.tensor(72.3)},
+        lambda state: {"state_dict": state, "best": np.float64(72.3), "epoch": np.int64(3), "folder": Path("runs")},
     ],
 )
 def test_forms_of_a_checkpoint(wrap, trained, tmp_path):
@@ -58,6 +86,50 @@ def test_forms_of_a_checkpoint(wrap, trained, tmp_path):
         model = resnet8(num_classes=10)
         load_weights(model, weights)
         assert agree(model, trained)
+
+
+def test_home_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    assert agree(build_classifier("resnet8", num_classes=10, weights="~/weights.pth"), trained)
+    with pytest.raises(FileNotFoundError, match=f"at {tmp_path}/absent.pth"):
+        read_weights("~/absent.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_diverged(value, trained):
+    state = copy.deepcopy(trained.state_dict())
+    state["layer2.0.conv1.weight"][0, 0] = value
+    model = resnet8(num_classes=10)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"Expected finite weights in a dict \(got NaN or infinity in 1 of \d+ entries: layer2.0"
+    ):
+        load_weights(model, state)
+    assert all(torch.equal(entry, before[name]) for name, entry in model.state_dict().items())
+
+
+def test_infinite_buffers_are_masks():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("mask", torch.full((2, 2), float("-inf")))
+
+    load_weights(Masked(), Masked().state_dict())
+
+
+def test_last_layer_for_other_classes(trained):
+    model = resnet8(num_classes=4)
+    head = {name: value.clone() for name, value in model.fc.state_dict().items()}
+    assert load_weights(model, trained.state_dict(), new_head=True) == ["fc.weight", "fc.bias"]
+    for name, value in model.state_dict().items():
+        expected = head[name.removeprefix("fc.")] if name.startswith("fc.") else trained.state_dict()[name]
+        assert torch.equal(value, expected), name
+    assert load_weights(resnet8(num_classes=10), trained.state_dict(), new_head=True) == []
+    state = {name: value for name, value in trained.state_dict().items() if name != "fc.bias"}
+    with pytest.raises(ValueError, match=r"1 missing: fc\.bias"):
+        load_weights(model, state, new_head=True)
 
 
 def test_safetensors(trained, tmp_path):
@@ -139,23 +211,54 @@ def test_absent_file(tmp_path):
 
 
 class Payload:
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
     def __reduce__(self):
-        return print, ("code was run",)
+        return self.function, self.arguments
 
 
-def test_files_cannot_run_code(tmp_path, capsys):
-    torch.save({"model": Payload()}, tmp_path / "bad.pt")
+@pytest.mark.parametrize("function", [print, exec, eval, os.system, subprocess.check_output, getattr, __import__])
+def test_files_cannot_run_code(function, tmp_path, capfd):
+    torch.save({"model": Payload(function, "print('code was run')")}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="Expected tensors and plain values only"):
         read_weights(tmp_path / "bad.pt")
-    assert "code was run" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("content", [b"", b"text, not a checkpoint"])
-def test_file_of_something_else(tmp_path, content):
-    path = tmp_path / "bad.pt"
-    path.write_bytes(content)
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"model": Payload(function, "print('code was run')")}))
     with pytest.raises(ValueError, match="Expected tensors and plain values only"):
+        read_weights(tmp_path / "bad.pkl")
+    assert "code was run" not in capfd.readouterr().out
+
+
+def test_whole_modules_are_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"if you trust the file, read it with torch.load\(..., weights_only=False\)"):
+        read_weights(tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "got a pointer of Git LFS; run git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "got a web page; download the file itself"),
+        (b"<html><head></head></html>", "got a web page"),
+        (b"text, not a checkpoint", "Expected tensors and plain values only"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_file_of_something_else(tmp_path, content, message, suffix):
+    path = tmp_path / f"bad.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Expected a safetensors file" if suffix == "safetensors" and content[:4] == b"text" else message):
         read_weights(path)
+
+
+def test_safetensors_under_another_name(trained, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(trained.state_dict(), tmp_path / "weights.bin", metadata={"model": "os:system", "options": "{}"})
+    model = resnet8(num_classes=10)
+    load_weights(model, tmp_path / "weights.bin")
+    assert agree(model, trained)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gkd.detection.d2.config import backbone_name
 from gkd.errors import UserError
 from gkd.models import build_classifier
-from gkd.models.weights import read_weights
+from gkd.models.checkpoints import read_weights
 
 # Names inside torchvision's resnets, and what Detectron2 calls the same.
 _RENAMED = (

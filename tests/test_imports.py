@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "distill": {"losses", "models"},
     "detection": {"graphs", "distill", "losses", "models", "data", "engine"},
     "tasks": {"engine", "distill", "models", "data", "detection", "viz"},  # viz when a report is drawn
-    "viz": {"graphs", "engine"},
+    "viz": {"graphs", "engine", "models"},
     "sweep": {"engine", "viz"},
     "errors": set(),
     "files": set(),
@@ -33,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
 COMMON = {"errors", "files"}
 UNRESTRICTED = {"config", "cli", "__main__"}
 # Absent in an ordinary installation, or left to an extra.
-OPTIONAL = {"detectron2", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "pycocotools", "timm"}
+OPTIONAL = {"detectron2", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "pycocotools", "timm", "transformers"}
 HEAVY = ("torchvision", "detectron2", "lightning", "matplotlib")
 
 

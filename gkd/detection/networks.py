@@ -12,6 +12,7 @@ from gkd.detection.interface import Detector, Images, Output
 from gkd.detection.regions import Regions, grid_candidates, mine_background, padded_boxes, region_labels, shared_proposals
 from gkd.distill import NetworkPair
 from gkd.errors import UserError
+from gkd.models.modes import evaluating
 
 CANDIDATES = 200  # proposals among which background is looked for
 
@@ -55,14 +56,8 @@ class LevelTaps:
         """Shapes of the maps of two images of this size, in eval mode."""
         device = next(self.detector.model.parameters()).device
         images = [torch.zeros(tuple(input_size), dtype=torch.uint8, device=device)] * 2
-        modes = [(module, module.training) for module in self.detector.model.modules()]
-        self.detector.model.eval()
-        try:
-            with torch.no_grad():
-                features = self.detector.features(images)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self.detector.model), torch.no_grad():
+            features = self.detector.features(images)
         return {level: features[level].shape for level in self.levels}
 
 

@@ -25,6 +25,7 @@ from gkd.detection.interface import Detections, Detector, DetectorNetwork, Image
 from gkd.errors import UserError
 from gkd.files import write_atomic
 from gkd.models.checkpoints import read_weights
+from gkd.models.modes import evaluating
 from gkd.models.names import near
 from gkd.models.weights import load_weights
 
@@ -120,14 +121,8 @@ class TorchvisionDetector(Detector):
         table = self._label_table(images[0].device)
         size = max(COCO_PLACES, int(table.max()) + 1)
         own = torch.full((size,), -1, device=table.device).index_copy(0, table, torch.arange(len(table), device=table.device))
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                found = self.model(_floats(images))
-        finally:
-            for module, training in modes:
-                module.training = training
+        with evaluating(self.model), torch.no_grad():
+            found = self.model(_floats(images))
         detections = []
         for result in found:
             labels = own[result["labels"]]
@@ -340,12 +335,8 @@ def _width(stage: nn.Module) -> int:
 def _level_names(model: nn.Module) -> dict[str, str]:
     """The library's key of each map by the name that its stride gives; a second map of a stride gets a 'b'."""
     backbone: Any = model.backbone
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    with torch.no_grad():
+    with evaluating(backbone), torch.no_grad():
         maps = backbone(torch.zeros(1, 3, PROBE, PROBE))
-    for module, training in modes:
-        module.training = training
     keys: dict[str, str] = {}
     for key, feature in maps.items():
         name = f"p{(PROBE // feature.shape[-1]).bit_length() - 1}"

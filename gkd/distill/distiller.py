@@ -15,7 +15,7 @@ from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
-from gkd.models import ChannelAdapter, Teacher
+from gkd.models import ChannelAdapter, Teacher, read_logits
 
 
 class Features(NamedTuple):
@@ -63,6 +63,7 @@ class Distiller(nn.Module):
         weights: Numbers, :class:`~gkd.distill.Ramp` or functions of the epoch, by key. ``task`` is the task's own.
         stages: Which stages a term looks at, where it is not all of them.
         task: The loss ``(student_output, targets)`` of the task; a tensor, or a dictionary of named ones. By default the cross-entropy.
+            The losses of torch see the logits in what the student returns (:func:`~gkd.models.read_logits`), any other sees all of it.
         label_smoothing: Of the default task loss.
         balance: ``'gradient'`` or a :class:`~gkd.distill.GradientBalance`: weights other than the task's are shares of the task's gradient.
         input_size: [C, H, W] of an image, to probe the shapes of the maps where a layer must be built.
@@ -111,6 +112,7 @@ class Distiller(nn.Module):
         self.__dict__["teacher"] = teacher  # past nn.Module.__setattr__, which would make it a child
         self.student_logits = self.teacher_logits = None
         self.task = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if task is None else task
+        self._task_reads_logits = isinstance(self.task, nn.modules.loss._Loss)
 
         paths = {stage: two_paths(stage, path) for stage, path in (taps or {}).items()}
         calls = plan_calls(terms, list(paths), stages or {})
@@ -182,10 +184,10 @@ class Distiller(nn.Module):
         output, student = self._run_student(self.networks.student_inputs(images, targets), tapped)
         losses: dict[str, Tensor] = {}
         anchors: dict[str, list[Tensor]] = {}
-        self.student_logits, self.teacher_logits = output.detach() if isinstance(output, Tensor) else None, None
+        self.student_logits, self.teacher_logits = self._logits(output), None
         if calls:
             teacher_output, teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)
-            self.teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else None
+            self.teacher_logits = self._logits(teacher_output)
             options: dict[str, Any] = {}
             if any(call.indexed for call in calls):
                 options["index"] = _expect_index(index)
@@ -226,10 +228,15 @@ class Distiller(nn.Module):
                 output = self._teacher_taps.model(*inputs)
         return output.detach() if isinstance(output, Tensor) else output, features
 
+    def _logits(self, output: Any) -> Tensor | None:
+        if isinstance(output, Tensor):
+            return output.detach()
+        return read_logits(output).detach() if self._task_reads_logits else None
+
     def _task_losses(self, output: Any, targets: Any, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if losses and self.balance is None and "task" not in self._active:
             return {}
-        task = self.task(output, targets)
+        task = self.task(read_logits(output) if self._task_reads_logits else output, targets)
         return {"task": task} if isinstance(task, Tensor) else {f"task/{name}": loss for name, loss in task.items()}
 
     def _evaluate(

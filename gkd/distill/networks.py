@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gkd.models import FeatureTaps
+from gkd.models import FeatureTaps, read_logits
 
 
 class Taps(Protocol):
@@ -47,7 +47,7 @@ class NetworkPair:
 
     def logits(self, output: Any, teacher_output: Any, targets: Any) -> tuple[Any, Any, Any]:
         """What terms of the level ``'logits'`` see: student's and teacher's logits, and the targets."""
-        return output, teacher_output, targets
+        return read_logits(output), read_logits(teacher_output), targets
 
     def anchors(self, output: Any, logits: tuple[Any, Any, Any]) -> list[Tensor]:
         """Where terms of the level ``'logits'`` and the task both pull at the student, for a balance of their gradients."""

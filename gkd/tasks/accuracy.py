@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from gkd.models import read_logits
+from gkd.models.modes import evaluating
+
 
 class ClassifierEvaluator:
     """Top-1, top-5, loss and agreement with the teacher over one split, in percent where they are shares.
@@ -41,7 +44,7 @@ class ClassifierEvaluator:
         batches: Callable[[], Iterator[tuple[Tensor, Tensor, Tensor]]],
         num_classes: int,
         device: torch.device,
-        teacher: Callable[[Tensor], Tensor] | None = None,
+        teacher: Callable[[Tensor], Any] | None = None,
         split: str = "test",
         channels_last: bool = False,
     ) -> None:
@@ -59,14 +62,12 @@ class ClassifierEvaluator:
         if torch.distributed.is_initialized():
             for buffer in self.student.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        modes = [(module, module.training) for module in self.student.modules()]
-        self.student.eval()
         answers = []
-        try:
+        with evaluating(self.student):
             for number, (images, targets, _) in enumerate(self.batches()):
                 if self.channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
-                logits = self.student(images).float()
+                logits = read_logits(self.student(images)).float()
                 top1.update(logits, targets)
                 top5.update(logits, targets)
                 loss.update(F.cross_entropy(logits, targets, reduction="none"))
@@ -74,12 +75,9 @@ class ClassifierEvaluator:
                     if number < len(self._teacher_answers):
                         answer = self._teacher_answers[number]
                     else:
-                        answer = self.teacher(images).argmax(dim=1)
+                        answer = read_logits(self.teacher(images)).argmax(dim=1)
                         answers.append(answer)
                     agreement.update(logits, answer)
-        finally:
-            for module, training in modes:
-                module.training = training
         if not self._teacher_answers:  # kept only when complete: an evaluation may be interrupted
             self._teacher_answers = answers
         record: dict[str, Any] = {"split": self.split, "top1": 100.0 * float(top1.compute()), "top5": 100.0 * float(top5.compute())}

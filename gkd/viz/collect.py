@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
+
+from gkd.models import read_logits
+from gkd.models.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def collect_views(
         classes: Names of the classes.
     """
     images, targets = batch[0], batch[1] if len(batch) > 1 else None
-    with _evaluating(distiller):
+    with evaluating(distiller):
         output, student, teacher, adapted = distiller.features(images, targets)
         pairs = []
         for name, stage, term, is_adapted in distiller.stage_terms():
@@ -108,9 +110,9 @@ def count_confusion(model: nn.Module, batches: Iterable[Sequence[Tensor]], num_c
         - **output** [num_classes, num_classes], whole numbers, on the CPU
     """
     matrix = torch.zeros(num_classes * num_classes, dtype=torch.long)
-    with _evaluating(model):
+    with evaluating(model):
         for images, targets, *_ in islice(batches, max_batches):
-            pair = targets * num_classes + model(images).argmax(dim=1)
+            pair = targets * num_classes + read_logits(model(images)).argmax(dim=1)
             matrix += torch.bincount(pair, minlength=num_classes * num_classes).cpu()
     return matrix.view(num_classes, num_classes)
 
@@ -127,14 +129,3 @@ def unnormalize(images: Tensor, mean: Sequence[float] | None = None, std: Sequen
         return (images - low) / (high - low).clamp(min=1e-12)
     scale, shift = (images.new_tensor(list(values)).view(1, -1, 1, 1) for values in (std, mean))
     return (images * scale + shift).clamp(0, 1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,7 +8,7 @@ from torch import nn
 
 from gkd.distill import Distiller, GradientBalance, Ramp
 from gkd.errors import UserError
-from gkd.losses import FitNetLoss, KDLoss
+from gkd.losses import ATLoss, FitNetLoss, KDLoss
 from gkd.models import ChannelAdapter, Teacher
 
 
@@ -469,3 +469,40 @@ def test_unknown_path_lists_the_near_ones():
 
 def test_adapter_is_the_documented_one():
     assert isinstance(full().adapters["low"], ChannelAdapter)
+
+
+class Returning(nn.Module):
+    """A classifier that returns its logits as other libraries do."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.conv, self.fc, self.wrap = nn.Conv2d(3, 4, 1), nn.Linear(4, 3), wrap
+
+    def forward(self, images):
+        features = self.conv(images)
+        return self.wrap(self.fc(features.mean((2, 3))), features)
+
+
+@pytest.mark.parametrize("task", [None, nn.CrossEntropyLoss(ignore_index=2)])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda logits, features: {"features": features, "logits": logits}, lambda logits, features: (logits, features)],
+)
+def test_networks_that_return_more_than_a_tensor(wrap, task):
+    images, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    student, teacher = Returning(wrap), Returning(wrap)
+    plain = Returning(lambda logits, features: logits), Returning(lambda logits, features: logits)
+    for network, twin in zip((student, teacher), plain, strict=True):
+        twin.load_state_dict(network.state_dict())
+    settings = {"taps": {"conv": "conv"}, "terms": {"kd": KDLoss(), "at": ATLoss()}, "task": task}
+    distiller, expected = Distiller(student, teacher, **settings), Distiller(*plain, **settings)
+    losses = distiller(images, targets)
+    torch.testing.assert_close(losses, expected(images, targets), rtol=0, atol=0)
+    torch.testing.assert_close(distiller.student_logits, expected.student_logits)
+    torch.testing.assert_close(distiller.teacher_logits, expected.teacher_logits)
+    sum(losses.values()).backward()
+
+
+def test_networks_without_logits():
+    with pytest.raises(ValueError, match="Expected a network that returns its logits"):
+        Distiller(Returning(lambda logits, features: {"loss": 3}))(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))

@@ -102,9 +102,7 @@ def test_weights_that_diverged(value, trained):
     state["layer2.0.conv1.weight"][0, 0] = value
     model = resnet8(num_classes=10)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        ValueError, match=r"Expected finite weights in a dict \(got NaN or infinity in 1 of \d+ entries: layer2.0"
-    ):
+    with pytest.raises(ValueError, match=r"Expected finite weights in a dict \(got NaN or infinity in 1 of \d+ entries: layer2.0"):
         load_weights(model, state)
     assert all(torch.equal(entry, before[name]) for name, entry in model.state_dict().items())
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from gkd.detection.d2.weights import config_of_weights, is_of_detectron2, load_b
 from gkd.detection.interface import Detections, Detector, DetectorNetwork, Images, Output, Targets
 from gkd.errors import UserError
 from gkd.files import write_atomic
+from gkd.models.modes import evaluating
 
 # Trained networks of the model zoo, for weights = 'DEFAULT'.
 PUBLISHED = {
@@ -129,7 +129,7 @@ class Detectron2Detector(Detector):
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:
         """What the model finds, best first."""
-        with _evaluating(self.model):
+        with evaluating(self.model):
             outputs = self._network(self._inputs(images))
         found = []
         for output in outputs:
@@ -287,15 +287,3 @@ def _leave_normalizer_out(model: nn.Module, state: dict[str, Any], prefix: str, 
 
 def _fill_normalizer_in(model: Any, state: dict[str, Any], prefix: str, *further: Any) -> None:
     state.setdefault(f"{prefix}loss_normalizer", model.loss_normalizer)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time being; every module goes back to the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -22,7 +22,9 @@ class GradientBalance(nn.Module):
 
     where the bars are running means of what is measured every ``interval`` steps. A weight :math:`s_k` then gives the loss
     :math:`s_k f_k \ell_k`, whose gradient at :math:`z_k` has, in the running mean, :math:`s_k` times the norm of the task's. The task
-    enters by its plain loss: its own weight stays an ordinary number.
+    enters by its plain loss: its own weight stays an ordinary number. With ``cap``, the shares of all active losses are scaled down
+    together where they add up to more, so that whatever the number of terms and stages, all of them pull at most ``cap`` times as
+    strongly as the task.
 
     With a compiled student the steps that measure run uncompiled. A loss that has not been measured keeps the factor 1; one without
     gradient at its anchor gets the factor 0. A measurement that is not finite is skipped. A loss that becomes active between two
@@ -34,9 +36,10 @@ class GradientBalance(nn.Module):
     Args:
         interval: Steps from one measurement to the next. A measurement costs about one backward pass of the student.
         momentum: What a running mean keeps of its old value at a measurement, in [0, 1).
+        cap: Largest sum of the shares; None for no bound.
 
     Raises:
-        ValueError: If ``interval`` is below 1 or ``momentum`` outside [0, 1).
+        ValueError: If ``interval`` is below 1, ``momentum`` outside [0, 1) or ``cap`` not positive.
 
     References:
         Chen, Badrinarayanan, Lee, Rabinovich: GradNorm, ICML 2018, balances gradients too, but learns the weights by a loss of their own.
@@ -44,14 +47,17 @@ class GradientBalance(nn.Module):
 
     norms: Tensor
 
-    def __init__(self, interval: int = 20, momentum: float = 0.9) -> None:
+    def __init__(self, interval: int = 20, momentum: float = 0.9, cap: float | None = None) -> None:
         super().__init__()
         if interval < 1:
             raise ValueError(f"Expected 'interval' to be at least 1 (got {interval})")
         if not 0 <= momentum < 1:
             raise ValueError(f"Expected 'momentum' in [0, 1) (got {momentum})")
+        if cap is not None and not cap > 0:
+            raise ValueError(f"Expected 'cap' above 0, or None for no bound (got {cap})")
         self.interval = interval
         self.momentum = momentum
+        self.cap = cap
         self.build([])
 
     def build(self, names: Sequence[str]) -> None:
@@ -60,6 +66,12 @@ class GradientBalance(nn.Module):
         self._step = 0
         self._measured: set[str] = set()
         self.register_buffer("norms", torch.zeros(len(self.names), 2))  # running means: of the task, of the loss
+
+    def bounded(self, shares: Mapping[str, float]) -> dict[str, float]:
+        """Scales shares, those of losses that are not active being 0, down to a sum of at most ``cap``."""
+        total = sum(shares.values())
+        scale = 1.0 if self.cap is None or total <= self.cap else self.cap / total
+        return {name: share * scale for name, share in shares.items()}
 
     @torch.compiler.disable
     def tick(self, active: Iterable[str]) -> bool:
@@ -133,7 +145,7 @@ class GradientBalance(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
-        return f"interval={self.interval}, momentum={self.momentum}"
+        return f"interval={self.interval}, momentum={self.momentum}, cap={self.cap}"
 
 
 def _gradients(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:

@@ -60,12 +60,14 @@ class Distiller(nn.Module):
         teacher: The network to learn from, best a :class:`~gkd.models.Teacher`; any other module is made one. None for a plain training.
         taps: For every stage the module paths in the student and the teacher; one path for both where they agree. Deep stages last.
         terms: The losses by name. Names hold no ``/``.
-        weights: Numbers, :class:`~gkd.distill.Ramp` or functions of the epoch, by key. ``task`` is the task's own.
+        weights: Numbers, :class:`~gkd.distill.Ramp` or functions of the epoch, by key; :class:`~gkd.distill.Share` of one of these for a
+            weight in units of the task's gradient. ``task`` is the task's own.
         stages: Which stages a term looks at, where it is not all of them.
         task: The loss ``(student_output, targets)`` of the task; a tensor, or a dictionary of named ones. By default the cross-entropy.
             The losses of torch see the logits in what the student returns (:func:`~gkd.models.read_logits`), any other sees all of it.
         label_smoothing: Of the default task loss.
-        balance: ``'gradient'`` or a :class:`~gkd.distill.GradientBalance`: weights other than the task's are shares of the task's gradient.
+        balance: A :class:`~gkd.distill.GradientBalance`, or ``'gradient'`` for one with its defaults, which is also what shares get where
+            there is none. If no weight is a ``Share``, it makes shares of all weights but the task's.
         input_size: [C, H, W] of an image, to probe the shapes of the maps where a layer must be built.
         networks: How the two networks are called and read, where they are no classifiers.
 
@@ -126,9 +128,13 @@ class Distiller(nn.Module):
         self.adapters, self.terms = nn.ModuleDict(), nn.ModuleDict()
         self._build(terms, tuple(input_size))
 
-        self.balance = _balance(balance)
+        shares = [name for name, schedule in self._schedules.items() if schedule.is_share]
+        if "task" in shares:
+            raise UserError("Expected an absolute weight of 'task', in units of which the shares count (got a Share)")
+        self.balance = _balance(balance) or (GradientBalance() if shares else None)
         if self.balance is not None:
-            self.balance.build([name for call in self._calls for name in call.losses.values()])
+            computed = [name for call in self._calls for name in call.losses.values()]
+            self.balance.build([name for name in computed if name in shares or not shares])
         self.register_buffer("_weights", torch.zeros(len(self._schedules)), persistent=False)
         self.progress(0.0)
 
@@ -138,6 +144,8 @@ class Distiller(nn.Module):
         There is nothing to checkpoint: the weights are a pure function of the epoch.
         """
         self.weights = {name: schedule(epoch) for name, schedule in self._schedules.items()}
+        if self.balance is not None:
+            self.weights.update(self.balance.bounded({name: self.weights[name] for name in self.balance.names}))
         self._active = frozenset(name for name, weight in self.weights.items() if weight != 0)
         self._fill_weights()
 
@@ -203,7 +211,8 @@ class Distiller(nn.Module):
                 anchors.update(dict.fromkeys(found, [student[stage] for stage in call.stages] or self.networks.anchors(output, logits)))
         tasks = self._task_losses(output, targets, losses)
         if measure and losses and self.balance is not None:
-            self.balance.measure(torch.stack(list(tasks.values())).sum(), losses, anchors)
+            shared = {name: loss for name, loss in losses.items() if name in self.balance.names}
+            self.balance.measure(torch.stack(list(tasks.values())).sum(), shared, anchors)
         return self._weigh(tasks, losses)
 
     def _run_student(self, inputs: tuple[Any, ...], tapped: bool) -> tuple[Any, dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from gkd.distill.schedule import Constant, Schedule, as_schedule
+from gkd.distill.schedule import Constant, Schedule, as_schedule, check_number
 from gkd.errors import UserError
 
 
@@ -39,17 +39,20 @@ def resolve_weights(weights: Mapping[str, float | Schedule | Callable[[float], f
 
     Raises:
         UserError: If a key addresses no loss.
+        ValueError: If a number is negative or not finite.
 
     Examples:
-        >>> found = resolve_weights({"graph": 2.0, "graph/edge": 3.0}, [LossName("graph", "layer3", part) for part in ("vertex", "edge")])
-        >>> {name: schedule(0) for name, schedule in found.items()}
+        >>> names = [LossName("graph", "layer3", part) for part in ("vertex", "edge")]
+        >>> {name: schedule(0) for name, schedule in resolve_weights({"graph": 2.0, "graph/edge": 3.0}, names).items()}
         {'graph/layer3/vertex': 2.0, 'graph/layer3/edge': 3.0}
     """
     names = list(names)
-    known = dict.fromkeys(key for name in names for key in name.weight_keys)
+    addresses = dict.fromkeys(key for name in names for key in name.weight_keys)
     for key in weights:
-        if key not in known:
-            raise UserError(unknown_name("a key of 'weights'", key, sorted(known)))
+        if key not in addresses:
+            raise UserError(unknown_name("a key of 'weights'", key, sorted(addresses)))
+        if not callable(weights[key]):
+            check_number(f"weights['{key}']", weights[key])
     schedules = {key: as_schedule(weight) for key, weight in weights.items()}
     return {str(name): next((schedules[key] for key in name.weight_keys if key in schedules), Constant(1.0)) for name in names}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gkd.distill import Distiller, GradientBalance, Ramp
+from gkd.distill import Distiller, GradientBalance, Ramp, Share
+from gkd.errors import UserError
 
 
 def step(balance, task, losses, anchors):
@@ -108,7 +109,12 @@ def test_state_of_other_losses_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"interval": 0}, "'interval' to be at least 1"), ({"momentum": 1.0}, r"'momentum' in \[0, 1\)")]
+    ("options", "message"),
+    [
+        ({"interval": 0}, "'interval' to be at least 1"),
+        ({"momentum": 1.0}, r"'momentum' in \[0, 1\)"),
+        ({"cap": 0}, "'cap' above 0"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"Expected {message}"):
@@ -126,30 +132,59 @@ class Distance(nn.Module):
         return self.scale * (student - teacher).square().mean()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e4])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_distiller_reaches_the_shares(scale, dtype):
+def small_distiller(**options):
     torch.manual_seed(0)
 
     def network():
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
 
-    distiller = Distiller(
-        network(),
-        network(),
-        taps={"map": "1"},
-        terms={"fitnet": Distance(scale)},
-        weights={"task": 0.3, "fitnet": Ramp(value=0.25)},
-        balance=GradientBalance(interval=1, momentum=0.0),
-        input_size=(3, 8, 8),
-    )
+    return Distiller(network(), network(), taps={"map": "1"}, input_size=(3, 8, 8), **options)
+
+
+def pulls(distiller, dtype=None):
+    """Norms of the gradients of the weighted losses at the tapped map."""
     images, targets = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
     maps = []
     distiller.student[1].register_forward_hook(lambda module, args, output: maps.append(output))
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         losses = distiller(images, targets)
-    pull = {name: torch.autograd.grad(loss, maps[-1], retain_graph=True)[0].float().norm() for name, loss in losses.items()}
-    # the share counts from the plain task loss, whatever the task itself weighs
-    assert (pull["fitnet/map"] / (pull["task"] / 0.3)).item() == pytest.approx(0.25, rel=1e-3 if dtype is None else 2e-2)
+    norms = {name: torch.autograd.grad(loss, maps[-1], retain_graph=True)[0].float().norm().item() for name, loss in losses.items()}
     sum(losses.values()).backward()
     assert all(parameter.grad is not None for parameter in distiller.parameters())
+    return norms
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_distiller_reaches_the_shares(scale, dtype):
+    weights = {"task": 0.3, "fitnet": Ramp(value=0.25)}
+    balance = GradientBalance(interval=1, momentum=0.0)
+    pull = pulls(small_distiller(terms={"fitnet": Distance(scale)}, weights=weights, balance=balance), dtype)
+    # the share counts from the plain task loss, whatever the task itself weighs
+    assert pull["fitnet/map"] / (pull["task"] / 0.3) == pytest.approx(0.25, rel=1e-3 if dtype is None else 2e-2)
+
+
+def test_shares_stand_beside_absolute_weights():
+    plain = pulls(small_distiller(terms={"a": Distance(3.0), "b": Distance(70.0)}))
+    distiller = small_distiller(terms={"a": Distance(3.0), "b": Distance(70.0)}, weights={"task": 0.5, "a": 2.0, "b": Share(0.25)})
+    assert distiller.balance.names == ["b/map"]
+    pull = pulls(distiller)
+    assert pull["a/map"] == pytest.approx(2 * plain["a/map"])
+    assert pull["b/map"] == pytest.approx(0.25 * plain["task"], rel=1e-3)
+    assert pull["task"] == pytest.approx(0.5 * plain["task"])
+
+
+def test_the_sum_of_the_shares_is_bounded():
+    terms = {"a": Distance(3.0), "b": Distance(70.0), "c": Distance(1.0)}
+    weights = {"a": Share(0.9), "b": Share(Ramp(value=0.6, start=1)), "c": 0.5}
+    distiller = small_distiller(terms=terms, weights=weights, balance=GradientBalance(momentum=0.0, cap=1.0))
+    assert distiller.weights == {"task": 1.0, "a/map": 0.9, "b/map": 0.0, "c/map": 0.5}
+    distiller.progress(1.0)
+    assert distiller.weights == pytest.approx({"task": 1.0, "a/map": 0.6, "b/map": 0.4, "c/map": 0.5})
+    pull = pulls(distiller)
+    assert pull["a/map"] + pull["b/map"] == pytest.approx(pull["task"], rel=1e-3)
+
+
+def test_the_task_is_no_share():
+    with pytest.raises(UserError, match="Expected an absolute weight of 'task'"):
+        small_distiller(weights={"task": Share(0.5)})

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gkd.distill import Constant, Ramp
+from gkd.distill import Constant, Ramp, Share
 from gkd.distill.schedule import as_schedule
 
 
@@ -46,10 +46,47 @@ def test_functions_are_schedules():
 
 @pytest.mark.parametrize("name", ["up", "hold", "down", "start"])
 def test_negative_length_is_an_error(name):
-    with pytest.raises(ValueError, match=f"Expected '{name}' not to be negative .got -1"):
+    with pytest.raises(ValueError, match=rf"Expected Ramp.{name} to be a finite number that is not negative \(got -1\)"):
         Ramp(**{"hold": 1, name: -1})
 
 
 def test_down_needs_hold():
     with pytest.raises(ValueError, match="Expected 'hold' with 'down'"):
         Ramp(down=2)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "0.5", True, None])
+def test_weights_are_finite_numbers_that_are_not_negative(value):
+    for make in (Constant, lambda value: Ramp(value=value), Share, as_schedule, lambda value: Ramp() * value):
+        with pytest.raises(ValueError, match="to be a finite number that is not negative"):
+            make(value)
+    with pytest.raises(ValueError, match="Expected a weight at epoch 3 to be a finite number"):
+        as_schedule(lambda epoch: value)(3)
+
+
+def test_ramp_in_fractions_of_the_training():
+    ramp = Ramp(value=2.0, up=0.1, hold=0.6, down=0.2, unit=40)
+    # up to epoch 4, down from 28 to 36
+    assert [ramp(epoch) for epoch in (0, 2, 4, 28, 32, 36, 40)] == pytest.approx([0, 1, 2, 2, 1, 0, 0])
+    with pytest.raises(ValueError, match=r"Expected Ramp\.unit above 0"):
+        Ramp(unit=0)
+
+
+def test_share_is_a_schedule_in_another_unit():
+    share = Share(Ramp(value=0.4, up=2))
+    assert [share(epoch) for epoch in (0, 1, 5)] == [0, 0.2, 0.4]
+    assert share.is_share
+    assert (0.5 * share).is_share
+    assert (share + Share(0.1))(1) == pytest.approx(0.3)
+    assert not Ramp().is_share
+    assert Share(0).always_zero
+    assert Share(lambda epoch: epoch / 8)(2) == 0.25
+
+
+def test_shares_mix_with_nothing_else():
+    with pytest.raises(ValueError, match="Expected both summands to be shares"):
+        Share(0.1) + 0.1
+    with pytest.raises(ValueError, match="Expected at most one factor to be a share"):
+        Share(0.1) * Share(0.1)
+    with pytest.raises(ValueError, match="a schedule that is no share yet"):
+        Share(0.5 * Share(0.1))

@@ -1,5 +1,25 @@
-"""The one exception that a command line shows without a traceback."""
+"""What a command line shows without a traceback, and how it is worded."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: says what was expected, what was got and what to do."""
+
+
+def close_matches(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Words the names that come close as a question, with a space before it; empty where none does."""
+    near = get_close_matches(name, list(dict.fromkeys(candidates)), n=count)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def unknown_name(what: str, name: str, candidates: Iterable[str]) -> str:
+    """Words the message for a name that is not there: what was expected, what was got, and what comes close.
+
+    Examples:
+        >>> unknown_name("a key of 'weights'", "grahp", ["graph", "kd"])
+        "Expected a key of 'weights' to be one of graph, kd (got 'grahp'). Did you mean 'graph'?"
+    """
+    candidates = list(candidates)
+    return f"Expected {what} to be one of {', '.join(candidates) or '(there are none)'} (got '{name}').{close_matches(name, candidates)}"

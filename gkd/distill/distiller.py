@@ -15,6 +15,7 @@ from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
+from gkd.losses.term import RemembersSamples
 from gkd.models import ChannelAdapter, Teacher, read_logits
 
 
@@ -41,10 +42,6 @@ class Distiller(nn.Module):
     ``term/stage/part``, ``term/part``, ``term/stage``, ``term``; without any of these by 1. What weighs 0 is not computed, and the teacher
     does not run for it.
 
-    Every term says at which ``level`` it works: ``'logits'`` sees ``(student_logits, teacher_logits, target)``, ``'stage'`` the two
-    maps of one stage after the other, ``'stages'`` two dictionaries of maps. Further attributes of a term are honoured where it has them:
-
-    ==================== =====================================================================================================
     ``matched_channels`` its student maps come from a :class:`~gkd.models.ChannelAdapter`, one for a stage, shared by the terms
     ``map_size``         height and width that it averages a map to in any case; where all terms of an adapter agree on it, the adapter
                          does so first, which spares its time and memory at the full size
@@ -54,6 +51,9 @@ class Distiller(nn.Module):
     ``build``            called once with the shapes of the student's and the teacher's maps, for terms that own layers;
                          at level ``'stage'`` every stage gets a copy of the term
     ==================== =====================================================================================================
+=======
+    Every term says at which level it works: at the logits, at one stage after the other, or at all stages together.
+    :class:`~gkd.losses.Term` lists what else it may declare, such as that it compares maps of equal channels.
 
     Args:
         student: The network to train.
@@ -68,7 +68,8 @@ class Distiller(nn.Module):
         label_smoothing: Of the default task loss.
         balance: A :class:`~gkd.distill.GradientBalance`, or ``'gradient'`` for one with its defaults, which is also what shares get where
             there is none. If no weight is a ``Share``, it makes shares of all weights but the task's.
-        input_size: [C, H, W] of an image, to probe the shapes of the maps where a layer must be built.
+        input_size: [C, H, W] of an image that both networks take, to probe the channels of the maps where a layer must be built. Images of
+            the training may have other sizes.
         networks: How the two networks are called and read, where they are no classifiers.
 
     Raises:
@@ -171,13 +172,23 @@ class Distiller(nn.Module):
         tapped = bool(self._paths)
         output, student = self._run_student(self.networks.student_inputs(images, targets), tapped)
         teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)[1] if tapped else {}
-        return Features(output, student, teacher, self._adapted(self._calls, student))
+        return Features(output, student, teacher, self._adapted(self._calls, student, teacher))
+
+    def set_targets(self, targets: Tensor) -> None:
+        """Tells the classes of all training samples to the terms that keep a memory of them.
+
+        Args:
+            targets: Classes of the training samples, [num_samples].
+        """
+        for term in self.terms.values():
+            if isinstance(term, RemembersSamples):
+                term.set_targets(targets)
 
     def stage_terms(self) -> Iterator[tuple[str, str, nn.Module, bool]]:
         """Every term that works stage by stage: its name, the stage, the module, and whether it takes the student's adapted map."""
         for call in self._calls:
-            if call.level == "stage":
-                yield call.term, call.stages[0], self.terms[call.key], call.adapted
+            if call.term.level == "stage":
+                yield call.name, call.stages[0], self.terms[call.key], call.adapted
 
     @torch.compiler.disable
     def _measured_losses(self, images: Any, targets: Any, index: Tensor | None) -> dict[str, Tensor]:
@@ -197,18 +208,18 @@ class Distiller(nn.Module):
             teacher_output, teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)
             self.teacher_logits = self._logits(teacher_output)
             options: dict[str, Any] = {}
-            if any(call.indexed for call in calls):
+            if any(call.term.needs_index for call in calls):
                 options["index"] = _expect_index(index)
             logits: tuple[Any, Any, Any] = (None, None, None)
-            if any(call.level == "logits" for call in calls):
+            if any(call.term.level == "logits" for call in calls):
                 logits = self.networks.logits(output, teacher_output, targets)
-            adapted = self._adapted(calls, student)
+            adapted = self._adapted(calls, student, teacher)
             for call in calls:
-                if call.located:
+                if call.term.needs_boxes:
                     options["boxes"], options["image_size"] = self.networks.regions(images, targets, output, self.terms[call.key])
-                found = self._evaluate(call, logits, adapted if call.adapted else student, teacher, options)
-                losses.update(found)
-                anchors.update(dict.fromkeys(found, [student[stage] for stage in call.stages] or self.networks.anchors(output, logits)))
+                values = self._evaluate(call, logits, adapted if call.adapted else student, teacher, options)
+                losses.update(values)
+                anchors.update(dict.fromkeys(values, [student[stage] for stage in call.stages] or self.networks.anchors(output, logits)))
         tasks = self._task_losses(output, targets, losses)
         if measure and losses and self.balance is not None:
             shared = {name: loss for name, loss in losses.items() if name in self.balance.names}
@@ -218,8 +229,8 @@ class Distiller(nn.Module):
     def _run_student(self, inputs: tuple[Any, ...], tapped: bool) -> tuple[Any, dict[str, Tensor]]:
         features = {}
         if tapped:
-            output, found = self._student_taps(*inputs)
-            features = {stage: found[path] for stage, (path, _) in self._paths.items()}
+            output, maps = self._student_taps(*inputs)
+            features = {stage: maps[path] for stage, (path, _) in self._paths.items()}
         else:
             output = self._student_taps.model(*inputs)
         return output, features
@@ -231,8 +242,8 @@ class Distiller(nn.Module):
         features = {}
         with torch.no_grad():
             if tapped:
-                output, found = self._teacher_taps(*inputs)
-                features = {stage: found[path].detach() for stage, (_, path) in self._paths.items()}
+                output, maps = self._teacher_taps(*inputs)
+                features = {stage: maps[path].detach() for stage, (_, path) in self._paths.items()}
             else:
                 output = self._teacher_taps.model(*inputs)
         return output.detach() if isinstance(output, Tensor) else output, features
@@ -256,18 +267,18 @@ class Distiller(nn.Module):
         teacher: Mapping[str, Tensor],
         context: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        keys = ["index"] * call.indexed + ["boxes", "image_size"] * call.located
+        keys = ["index"] * call.term.needs_index + ["boxes", "image_size"] * call.term.needs_boxes
         options = {key: context[key] for key in keys}
         if None not in call.losses:
             options["parts"] = [part for part, name in call.losses.items() if name in self._active]
-        term = self.terms[call.key]
-        if call.level == "logits":
-            found = term(*outputs, **options)
-        elif call.level == "stage":
-            found = term(student[call.stages[0]], teacher[call.stages[0]], **options)
+        module = self.terms[call.key]
+        if call.term.level == "logits":
+            values = module(*outputs, **options)
+        elif call.term.level == "stage":
+            values = module(student[call.stages[0]], teacher[call.stages[0]], **options)
         else:
-            found = term({stage: student[stage] for stage in call.stages}, {stage: teacher[stage] for stage in call.stages}, **options)
-        return {call.losses[None]: found} if isinstance(found, Tensor) else {call.losses[part]: loss for part, loss in found.items()}
+            values = module({stage: student[stage] for stage in call.stages}, {stage: teacher[stage] for stage in call.stages}, **options)
+        return {call.losses[None]: values} if isinstance(values, Tensor) else {call.losses[part]: loss for part, loss in values.items()}
 
     def _weigh(self, tasks: dict[str, Tensor], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         weights = dict(zip(self.weights, self._weights.unbind(), strict=True))
@@ -277,42 +288,53 @@ class Distiller(nn.Module):
             weighted[name] = weights[name] * factors[name] * loss if name in factors else weights[name] * loss
         if len(self._active) < len(self.weights):
             # Layers of what is switched off for now get the gradient 0 rather than none: DistributedDataParallel waits for every parameter.
-            own = [*self.adapters.parameters(), *self.terms.parameters()]
+            parameters = [*self.adapters.parameters(), *self.terms.parameters()]
             first = next(iter(weighted))
-            weighted[first] = weighted[first] + 0 * sum(parameter.sum() for parameter in own if parameter.requires_grad)
+            weighted[first] = weighted[first] + 0 * sum(parameter.sum() for parameter in parameters if parameter.requires_grad)
         return weighted
 
-    def _adapted(self, calls: Sequence[Call], student: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {stage: self.adapters[module_key(stage)](student[stage]) for stage in student if self._adapts(calls, stage)}
+    def _adapted(self, calls: Sequence[Call], student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            stage: self.adapters[module_key(stage)](features, size=self._adapted_size(stage, teacher[stage]))
+            for stage, features in student.items()
+            if _adapts(calls, stage)
+        }
 
-    def _adapts(self, calls: Sequence[Call], stage: str) -> bool:
-        return any(call.adapted and stage in call.stages for call in calls)
+    def _adapted_size(self, stage: str, teacher: Tensor) -> tuple[int, int] | None:
+        """Size of the teacher's map, or to which all the terms average a larger one anyway."""
+        if teacher.dim() != 4:
+            return None
+        height, width = teacher.shape[2:]
+        size = self._map_sizes[stage]
+        return (height, width) if size is None or size[0] > height or size[1] > width else size
 
-    def _build(self, terms: Mapping[str, nn.Module], input_size: tuple[int, ...]) -> None:
+    def _build(self, modules: Mapping[str, nn.Module], input_size: tuple[int, ...]) -> None:
         """Makes the layers that the losses need, before an optimiser can miss them."""
-        adapted = [stage for stage in self._paths if self._adapts(self._calls, stage)]
-        own: dict[str, torch.Size] = {}
-        other: dict[str, torch.Size] = {}
+        adapted = [stage for stage in self._paths if _adapts(self._calls, stage)]
+        student: dict[str, torch.Size] = {}
+        teacher: dict[str, torch.Size] = {}
         if self._teacher_taps is not None and (adapted or any(call.builds for call in self._calls)):
-            of_student, of_teacher = self._student_taps.shapes(input_size), self._teacher_taps.shapes(input_size)
-            own = {stage: of_student[path] for stage, (path, _) in self._paths.items()}
-            other = {stage: of_teacher[path] for stage, (_, path) in self._paths.items()}
+            student_shapes, teacher_shapes = self._student_taps.shapes(input_size), self._teacher_taps.shapes(input_size)
+            student = {stage: student_shapes[path] for stage, (path, _) in self._paths.items()}
+            teacher = {stage: teacher_shapes[path] for stage, (_, path) in self._paths.items()}
+        self._map_sizes: dict[str, tuple[int, int] | None] = {}
         for stage in adapted:
-            sizes = {call.map_size for call in self._calls if call.adapted and stage in call.stages}
-            self.adapters[module_key(stage)] = _adapter(stage, own[stage], other[stage], sizes.pop() if len(sizes) == 1 else None)
-        matched = {stage: other[stage] if stage in adapted else shape for stage, shape in own.items()}
+            sizes = {call.term.map_size for call in self._calls if call.adapted and stage in call.stages}
+            self._map_sizes[stage] = sizes.pop() if len(sizes) == 1 else None
+            self.adapters[module_key(stage)] = _adapter(stage, student[stage], teacher[stage])
+        matched = {stage: teacher[stage] if stage in adapted else shape for stage, shape in student.items()}
         for call in self._calls:
             if call.key in self.terms:
                 continue
-            term: Any = terms[call.term]
+            module: Any = modules[call.name]
             if call.builds:
-                shapes = matched if call.adapted else own
-                if call.level == "stage":
-                    term = copy.deepcopy(term)
-                    term.build(shapes[call.stages[0]], other[call.stages[0]])
+                shapes = matched if call.adapted else student
+                if call.term.level == "stage":
+                    module = copy.deepcopy(module)
+                    module.build(shapes[call.stages[0]], teacher[call.stages[0]])
                 else:
-                    term.build({stage: shapes[stage] for stage in call.stages}, {stage: other[stage] for stage in call.stages})
-            self.terms[call.key] = term
+                    module.build({stage: shapes[stage] for stage in call.stages}, {stage: teacher[stage] for stage in call.stages})
+            self.terms[call.key] = module
 
     def _fill_weights(self) -> None:
         # A tensor, so that neither a compiled nor a captured step is made anew when a ramp moves on.
@@ -327,13 +349,14 @@ class Distiller(nn.Module):
         return self
 
 
-def _adapter(stage: str, student: torch.Size, teacher: torch.Size, size: tuple[int, int] | None) -> ChannelAdapter:
+def _adapts(calls: Sequence[Call], stage: str) -> bool:
+    return any(call.adapted and stage in call.stages for call in calls)
+
+
+def _adapter(stage: str, student: torch.Size, teacher: torch.Size) -> ChannelAdapter:
     if len(student) != len(teacher):
         raise UserError(f"Expected two maps or two vectors to match at the stage '{stage}' (got {list(student)} and {list(teacher)})")
-    whole = (teacher[2], teacher[3]) if len(teacher) == 4 else None
-    if whole is None or size is None or size[0] > whole[0] or size[1] > whole[1]:
-        size = whole
-    return ChannelAdapter(student[1], teacher[1], size=None if size == tuple(student[2:]) else size)
+    return ChannelAdapter(student[1], teacher[1])
 
 
 def _expect_index(index: Tensor | None) -> Tensor:

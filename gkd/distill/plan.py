@@ -5,37 +5,36 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gkd.distill.weights import LossName, unknown_name
-from gkd.errors import UserError
-
-LEVELS = ("logits", "stage", "stages")
+from gkd.distill.weights import LossName
+from gkd.errors import UserError, unknown_name
+from gkd.losses.term import BuildsLayers, Term
 
 
 @dataclass(frozen=True)
 class Call:
     """One evaluation of a term: at one stage for a term of the level ``'stage'``, of the whole term otherwise."""
 
-    term: str
+    name: str
     stages: tuple[str, ...]
-    level: str
     losses: Mapping[str | None, str]
     """Full name of every value that comes back, by its part; the part is None where the term returns a single value."""
-    adapted: bool
-    map_size: tuple[int, int] | None
-    indexed: bool
-    located: bool
+    term: Term
     builds: bool
 
     @property
     def names(self) -> list[LossName]:
         """The addresses of what comes back."""
-        return [loss_name(self.term, self.level, self.stages, part) for part in self.losses]
+        return [loss_name(self.name, self.term.level, self.stages, part) for part in self.losses]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it sees the student's maps as adapters make them."""
+        return self.term.matched_channels and self.term.level != "logits"
 
     @property
     def key(self) -> str:
         """Name of the module: a term that owns layers is one module per stage."""
-        own = self.builds and self.level == "stage"
-        return module_key(f"{self.term}/{self.stages[0]}" if own else self.term)
+        return module_key(f"{self.name}/{self.stages[0]}" if self.builds and self.term.level == "stage" else self.name)
 
 
 def loss_name(term: str, level: str, stages: Sequence[str], part: str | None) -> LossName:
@@ -43,41 +42,39 @@ def loss_name(term: str, level: str, stages: Sequence[str], part: str | None) ->
     return LossName(term, stages[0] if level == "stage" else None, part)
 
 
-def plan_calls(terms: Mapping[str, nn.Module], known: Sequence[str], stages: Mapping[str, Sequence[str]]) -> list[Call]:
+def plan_calls(terms: Mapping[str, nn.Module], stages: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> list[Call]:
     """Lists which term is evaluated at which stages.
 
     Args:
         terms: The losses by name.
-        known: All stages, shallow to deep.
-        stages: The stages of a term, where these are not all.
+        stages: All stages, shallow to deep.
+        chosen: The stages of a term, where these are not all.
 
     Raises:
-        UserError: If a name is unknown or cannot be used, or a term has nothing to look at.
+        UserError: If a name is unknown or cannot be used, or a term has nothing to look at or declares something else than a
+            :class:`~gkd.losses.Term` may.
     """
-    for stage in known:
+    for stage in stages:
         _check_name(stage, "stage")
-    for term in stages:
-        if term not in terms:
-            raise UserError(unknown_name("a key of 'stages'", term, list(terms)))
+    for name in chosen:
+        if name not in terms:
+            raise UserError(unknown_name("a key of 'stages'", name, list(terms)))
     calls = []
-    for term, loss in terms.items():
-        _check_name(term, "term")
-        level = getattr(loss, "level", None)
-        if level not in LEVELS:
-            raise UserError(
-                f"Expected term '{term}' to have the attribute 'level', one of {', '.join(LEVELS)} (got {level!r} of {type(loss).__name__})"
-            )
-        looked_at = _stages_of(term, level, known, stages)
-        parts = tuple(getattr(loss, "parts", ())) or (None,)
-        twice = sorted(set(parts).intersection(known))
+    for name, module in terms.items():
+        _check_name(name, "term")
+        try:
+            term = Term.of(module, name)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        term_stages = _stages_of(name, term.level, stages, chosen)
+        parts = term.parts or (None,)
+        twice = sorted(set(term.parts).intersection(stages))
         if twice:
-            raise UserError(f"Expected no stage to be named as a part of the term '{term}' (got '{twice[0]}')")
-        groups = [(stage,) for stage in looked_at] if level == "stage" else [tuple(looked_at)]
+            raise UserError(f"Expected no stage to be named as a part of the term '{name}' (got '{twice[0]}')")
+        groups = [(stage,) for stage in term_stages] if term.level == "stage" else [tuple(term_stages)]
         for group in groups:
-            losses = {part: str(loss_name(term, level, group, part)) for part in parts}
-            adapted, indexed, located = (bool(getattr(loss, name, False)) for name in ("matched_channels", "needs_index", "needs_boxes"))
-            size = getattr(loss, "map_size", None)
-            calls.append(Call(term, group, level, losses, adapted and level != "logits", size, indexed, located, hasattr(loss, "build")))
+            losses = {part: str(loss_name(name, term.level, group, part)) for part in parts}
+            calls.append(Call(name, group, losses, term, isinstance(module, BuildsLayers)))
     return calls
 
 
@@ -95,18 +92,18 @@ def module_key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _stages_of(term: str, level: str, known: Sequence[str], stages: Mapping[str, Sequence[str]]) -> list[str]:
+def _stages_of(term: str, level: str, stages: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> list[str]:
     if level == "logits":
-        if term in stages:
-            raise UserError(f"Expected no stages for the term '{term}', which compares logits (got {list(stages[term])})")
+        if term in chosen:
+            raise UserError(f"Expected no stages for the term '{term}', which compares logits (got {list(chosen[term])})")
         return []
-    wanted = stages.get(term, known)
+    wanted = chosen.get(term, stages)
     for stage in wanted:
-        if stage not in known:
-            raise UserError(unknown_name(f"a stage of the term '{term}'", stage, known))
+        if stage not in stages:
+            raise UserError(unknown_name(f"a stage of the term '{term}'", stage, stages))
     if not wanted:
-        raise UserError(f"Expected a stage for the term '{term}': give it in 'taps' (got taps {list(known)})")
-    return [stage for stage in known if stage in wanted]
+        raise UserError(f"Expected a stage for the term '{term}': give it in 'taps' (got taps {list(stages)})")
+    return [stage for stage in stages if stage in wanted]
 
 
 def _check_name(name: str, kind: str) -> None:

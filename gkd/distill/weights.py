@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from gkd.distill.schedule import Constant, Schedule, as_schedule, check_number
-from gkd.errors import UserError
+from gkd.errors import UserError, unknown_name
 
 
 class LossName(NamedTuple):
@@ -55,10 +54,3 @@ def resolve_weights(weights: Mapping[str, float | Schedule | Callable[[float], f
             check_number(f"weights['{key}']", weights[key])
     schedules = {key: as_schedule(weight) for key, weight in weights.items()}
     return {str(name): next((schedules[key] for key in name.weight_keys if key in schedules), Constant(1.0)) for name in names}
-
-
-def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """Words the message for a name that is not there: what was expected, what was got, and what comes close."""
-    near = get_close_matches(name, known, n=3)
-    hint = f" Did you mean {' or '.join(repr(candidate) for candidate in near)}?" if near else ""
-    return f"Expected {what} to be one of {', '.join(known) or '(there are none)'} (got '{name}').{hint}"

@@ -50,6 +50,7 @@ from gkd.losses.relations import (
 )
 from gkd.losses.review import ReviewKDLoss, hcl_loss
 from gkd.losses.spectral import SpectralLoss, heat_loss, projector_loss, residual_loss, spectrum_loss
+from gkd.losses.term import GraphTerm, Term
 from gkd.losses.vertices import MessageLoss, VertexLoss, vertex_loss
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "FitNetLoss",
     "GlobalContext",
     "GraphLoss",
+    "GraphTerm",
     "HKDLoss",
     "ICKDLoss",
     "IRGLoss",
@@ -84,6 +86,7 @@ __all__ = [
     "SPLoss",
     "SpectralLoss",
     "StandardizedLogits",
+    "Term",
     "VIDLoss",
     "VertexLoss",
     "adjacency_loss",

@@ -11,6 +11,7 @@ from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.nodes import ChannelNodes, RegionNodes
 from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
+from gkd.losses.term import GraphTerm
 
 __all__ = ["GraphLoss"]
 
@@ -38,8 +39,7 @@ class GraphLoss(nn.Module):
         topology: Whose edges are used.
         teacher_builder: Makes the teacher's graphs where they are built differently, over a finer grid for example.
         matched_channels: Whether the student's map must have the teacher's channels, and so an adapter. None: whether a term needs it,
-            by its attributes
-            ``matched_nodes`` (for graphs of channels) and ``matched_features`` (for all others).
+            see :class:`~gkd.losses.GraphTerm`: matched nodes for graphs of channels, matched features for all others.
 
     Shapes:
         - **student_map**, **teacher_map** [B, C, h, w] or what the nodes take; **output** scalars by name
@@ -90,8 +90,8 @@ class GraphLoss(nn.Module):
         """Whether the student's map must have the teacher's channels."""
         if self._matched_channels is not None:
             return self._matched_channels
-        needed = "matched_nodes" if isinstance(self.builder.nodes, ChannelNodes) else "matched_features"
-        return any(getattr(term, needed, True) for term in self.terms.values())
+        terms = map(GraphTerm.of, self.terms.values())
+        return any(term.matched_nodes if isinstance(self.builder.nodes, ChannelNodes) else term.matched_features for term in terms)
 
     @property
     def map_size(self) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.losses.inputs import check_same_shape, in_full_precision
+from gkd.losses.term import Term
 
 __all__ = [
     "DISTLoss",
@@ -294,7 +295,7 @@ class StandardizedLogits(nn.Module):
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
-        if getattr(loss, "level", None) != "logits":
+        if Term.of(loss).level != "logits":
             raise TypeError(f"Expected a loss of level 'logits' (got {type(loss).__name__})")
         self.loss = loss
 

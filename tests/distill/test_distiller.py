@@ -8,7 +8,7 @@ from torch import nn
 
 from gkd.distill import Distiller, GradientBalance, Ramp
 from gkd.errors import UserError
-from gkd.losses import ATLoss, FitNetLoss, KDLoss
+from gkd.losses import ATLoss, CRDLoss, FitNetLoss, KDLoss
 from gkd.models import ChannelAdapter, Teacher
 
 
@@ -213,6 +213,34 @@ def test_adapter_matches_sizes(batch):
     teacher = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(6 * 16, 5))
     distiller = build(teacher=teacher, taps={"low": ("0", "0")}, terms={"fitnet": Hint()})
     assert torch.isfinite(distiller(*batch)["fitnet/low"])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (24, 40)])
+def test_adapted_maps_have_the_size_of_the_teachers_map_whatever_the_layers_were_probed_with(size):
+    """Probed with 8 x 8 pixels, where the two strides give maps of 4 x 4 and 2 x 2."""
+    teacher = nn.Sequential(nn.Conv2d(3, 6, 3, stride=4, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    student = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    hint, graph = Hint(), Hint()
+    graph.map_size = (3, 3)
+    graph.forward = lambda student, teacher: graph.calls.append((student, teacher)) or student.mean()
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(2, 3, *size, generator=generator), torch.tensor([0, 1])
+    for terms in ({"hint": hint, "graph": graph}, {"graph": graph}):
+        distiller = build(student=student, teacher=teacher, taps={"map": "0"}, terms=terms)
+        distiller(images, targets)
+        student_map, teacher_map = graph.calls[-1]
+        assert teacher_map.shape == (2, 6, size[0] // 4, size[1] // 4)
+        pooled = len(terms) == 1 and size[0] // 4 > 3
+        assert student_map.shape[2:] == ((3, 3) if pooled else teacher_map.shape[2:])
+        assert distiller.features(images).adapted["map"].shape == student_map.shape
+
+
+def test_training_classes_reach_the_terms_that_remember_samples(batch):
+    distiller = build(terms={"crd": CRDLoss(num_negatives=4), "kd": Soft()}, stages={"crd": ["high.1"]})
+    targets = torch.tensor([0, 1, 2, 3, 4, 0])
+    distiller.set_targets(targets)
+    assert torch.equal(distiller.terms["crd/high/1"].targets, targets)
+    assert torch.isfinite(distiller(*batch, index=torch.arange(4))["crd/high.1"])
 
 
 @pytest.mark.parametrize(("further", "seen"), [((), (2, 2)), ((2,), (2, 2)), ((3,), (4, 4)), ((None,), (4, 4))])

@@ -91,10 +91,10 @@ class DetectorPair(NetworkPair):
         """Images and what is in them."""
         return images, targets
 
-    def regions(self, images: Images, targets: Any, output: Output, term: Any = None) -> tuple[list[Tensor], tuple[int, int]]:
-        """True boxes and, unless the term is about true boxes only, background: that which the student responds to."""
+    def regions(self, images: Images, targets: Any, output: Output, true_boxes_only: bool = False) -> tuple[list[Tensor], tuple[int, int]]:
+        """True boxes and, unless a term is about true boxes only, background: that which the student responds to."""
         true = [target["boxes"] for target in targets]
-        if self.choice.background == 0 or getattr(term, "true_boxes_only", False):
+        if self.choice.background == 0 or true_boxes_only:
             return true, output.image_size
         if output.regions is None:
             boxes = padded_boxes(true)

@@ -15,7 +15,7 @@ from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
-from gkd.losses.term import RemembersSamples
+from gkd.losses.term import RemembersSamples, Term
 from gkd.models import ChannelAdapter, Teacher, read_logits
 
 
@@ -38,20 +38,9 @@ class Distiller(nn.Module):
     The student is an ordinary child module that never learns of the distillation: its inner maps are read by
     :class:`~gkd.models.FeatureTaps`. The teacher is no child. It follows ``.to()``, but ``train()``, ``parameters()`` and
     ``state_dict()`` do not know it. What a term returns is named ``term``, ``term/stage`` or ``term/stage/part``, and weighed by the
-    most specific of the keys
-    ``term/stage/part``, ``term/part``, ``term/stage``, ``term``; without any of these by 1. What weighs 0 is not computed, and the teacher
-    does not run for it.
+    most specific of the keys ``term/stage/part``, ``term/part``, ``term/stage``, ``term``; without any of these by 1. What weighs 0 is not
+    computed, and the teacher does not run for it.
 
-    ``matched_channels`` its student maps come from a :class:`~gkd.models.ChannelAdapter`, one for a stage, shared by the terms
-    ``map_size``         height and width that it averages a map to in any case; where all terms of an adapter agree on it, the adapter
-                         does so first, which spares its time and memory at the full size
-    ``parts``            names of the values in the dictionary that it returns; it is called with ``parts=`` those that weigh something
-    ``needs_index``      it is called with ``index=`` the positions of the images in the data set
-    ``needs_boxes``      it is called with ``boxes=`` and ``image_size=``, see :class:`~gkd.distill.NetworkPair`
-    ``build``            called once with the shapes of the student's and the teacher's maps, for terms that own layers;
-                         at level ``'stage'`` every stage gets a copy of the term
-    ==================== =====================================================================================================
-=======
     Every term says at which level it works: at the logits, at one stage after the other, or at all stages together.
     :class:`~gkd.losses.Term` lists what else it may declare, such as that it compares maps of equal channels.
 
@@ -174,6 +163,16 @@ class Distiller(nn.Module):
         teacher = self._run_teacher(self.networks.teacher_inputs(images, targets), tapped)[1] if tapped else {}
         return Features(output, student, teacher, self._adapted(self._calls, student, teacher))
 
+    def declared_terms(self) -> Iterator[tuple[nn.Module, Term]]:
+        """Every term that weighs something at some time, with what it declares; for every stage where it has layers of its own."""
+        terms = {call.key: call.term for call in self._calls}
+        yield from ((self.terms[key], term) for key, term in terms.items())
+
+    @property
+    def remembers_samples(self) -> bool:
+        """Whether some term keeps a memory of the training samples, and wants to know their classes."""
+        return any(isinstance(term, RemembersSamples) for term in self.terms.values())
+
     def set_targets(self, targets: Tensor) -> None:
         """Tells the classes of all training samples to the terms that keep a memory of them.
 
@@ -216,7 +215,7 @@ class Distiller(nn.Module):
             adapted = self._adapted(calls, student, teacher)
             for call in calls:
                 if call.term.needs_boxes:
-                    options["boxes"], options["image_size"] = self.networks.regions(images, targets, output, self.terms[call.key])
+                    options["boxes"], options["image_size"] = self.networks.regions(images, targets, output, call.term.true_boxes_only)
                 values = self._evaluate(call, logits, adapted if call.adapted else student, teacher, options)
                 losses.update(values)
                 anchors.update(dict.fromkeys(values, [student[stage] for stage in call.stages] or self.networks.anchors(output, logits)))

@@ -53,7 +53,7 @@ class NetworkPair:
         """Where terms of the level ``'logits'`` and the task both pull at the student, for a balance of their gradients."""
         return [logits[0]]
 
-    def regions(self, images: Any, targets: Any, output: Any, term: Any = None) -> tuple[list[Tensor], tuple[int, int]]:
+    def regions(self, images: Any, targets: Any, output: Any, true_boxes_only: bool = False) -> tuple[list[Tensor], tuple[int, int]]:
         """Finds the boxes of every image, in pixels, and the size of the images, for a term that looks at regions."""
         if not isinstance(images, Tensor) or not all(isinstance(target, Mapping) and "boxes" in target for target in targets):
             raise ValueError(f"Expected images and targets with 'boxes' (got {type(images).__name__} and {type(targets).__name__})")

@@ -116,10 +116,8 @@ class Classification(Task):
         self.student = student.build(self.data.num_classes)
         self.teacher = None if teacher is None else teacher.build_teacher(self.data.num_classes, self.data.mean, self.data.std)
         self.distiller = distiller(student=self.student, teacher=self.teacher, input_size=self.data.input_size)
-        for term in self.distiller.terms.values():
-            set_targets: Any = getattr(term, "set_targets", None)  # of a term with a memory of the training samples
-            if set_targets is not None:
-                set_targets(self.data.targets("train"))
+        if self.distiller.remembers_samples:
+            self.distiller.set_targets(self.data.targets("train"))
         self.place()
         self._evaluators: dict[str, ClassifierEvaluator] = {}
 

@@ -128,10 +128,10 @@ class Detection(Task):
 
     def _check_logit_terms(self) -> None:
         stages = {detector.two_stage for detector in (self.detector, self.teacher_detector) if detector is not None}
-        for term in self.distiller.terms.values():
-            if getattr(term, "level", None) == "logits" and stages != {not getattr(term, "dense", False)}:
+        for module, term in self.distiller.declared_terms():
+            if term.level == "logits" and stages != {not term.dense}:
                 kinds = " and ".join("two stages" if two else "one stage" for two in sorted(stages))
                 raise UserError(
                     "Expected DenseKDLoss for the class logits of one-stage detectors, and another term, such as KDLoss, for two stages "
-                    f"(got {type(term).__name__} for {kinds}). Set KD = @DenseKDLoss() or KD = @KDLoss(), or give the term the weight 0."
+                    f"(got {type(module).__name__} for {kinds}). Set KD = @DenseKDLoss() or KD = @KDLoss(), or give the term the weight 0."
                 )

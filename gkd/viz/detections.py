@@ -86,7 +86,7 @@ def graph_section(distiller: Any, images: Any, targets: Any) -> str:
     shown = torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]).float() / 255
     pictures = []
     for name, (stage, term, adapted) in terms.items():
-        places = distiller.networks.regions(images, targets, output, term) if isinstance(term.builder.nodes, RegionNodes) else ()
+        places = distiller.networks.regions(images, targets, output) if isinstance(term.builder.nodes, RegionNodes) else ()
         graphs = term.graphs((matched if adapted else student)[stage].float(), teacher[stage].float(), *places)
         own, goal = (graph.detach().to("cpu") for graph in graphs)
         drawn = draw_graph_pair(own, goal, shown.cpu(), 3)

@@ -10,7 +10,7 @@ RUN := $(ENV)/bin/python
 STAMP := $(ENV)/.gkd-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-classification test lint format clean
+.PHONY: help setup quickstart quickstart-classification test test-detectron2 lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F @ '{ printf "%-34s%s\n", $$1, $$2 }'
@@ -34,6 +34,12 @@ quickstart-classification: setup ## the same in a minute with classifiers of dig
 
 test: lint ## all checks: style, types, tests
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# Detectron2 is on no package index; its source needs no building for these tests, only the packages that it imports.
+test-detectron2: setup ## the tests of Detectron2's detectors, with DETECTRON2=/path/to/a/checkout
+	@test -d '$(DETECTRON2)/detectron2' || { echo 'Expected DETECTRON2=/path/to/a/checkout of https://github.com/facebookresearch/detectron2 (got "$(DETECTRON2)")' >&2; exit 2; }
+	$(RUN) -m pip install --quiet $(PIP_ARGS) black cloudpickle fvcore hydra-core iopath omegaconf pycocotools tabulate termcolor tqdm yacs
+	PYTHONPATH='$(DETECTRON2)' $(RUN) -m pytest $(PYTEST_ARGS) tests/detection/d2
 
 lint: setup ## style and types
 	$(RUN) -m ruff check .

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gkd.detection import DetectorNetwork, detectron2_config
-from gkd.detection.d2 import Detectron2Backend, configure
+from gkd.detection import DetectorNetwork
+from gkd.detection.d2 import Detectron2Backend
+from gkd.detection.d2 import config as d2_config
 from gkd.detection.d2.config import INSTALL_PAGE, build_detector, is_available
+from gkd.detection.d2.detector import configure
 from gkd.errors import UserError
 from tests.detection.d2.toy import DATA, DENSE, SMALL, difference, draw_statistics, pictures, student, target
 
@@ -18,7 +20,7 @@ needs_detectron2 = pytest.mark.skipif(not is_available(), reason=f"Detectron2 is
 
 
 def test_absent(monkeypatch):
-    monkeypatch.setattr(detectron2_config, "is_available", lambda: False)
+    monkeypatch.setattr(d2_config, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"Expected Detectron2 .* Install it as https://detectron2\.readthedocs\.io.*install\.html"):
         Detectron2Backend()
 
@@ -27,8 +29,8 @@ def test_built_for_another_torch(monkeypatch):
     def fail(name: str) -> None:
         raise ImportError("undefined symbol")
 
-    monkeypatch.setattr(detectron2_config, "is_available", lambda: True)
-    monkeypatch.setattr(detectron2_config.importlib, "import_module", fail)
+    monkeypatch.setattr(d2_config, "is_available", lambda: True)
+    monkeypatch.setattr(d2_config.importlib, "import_module", fail)
     with pytest.raises(UserError, match=r"got one that does not import: undefined symbol.*install\.html"):
         Detectron2Backend()
 
@@ -179,7 +181,7 @@ def plain_teacher(weights: Path | None = None) -> torch.nn.Module:
     from detectron2.modeling import build_model
 
     config = get_cfg()
-    config.merge_from_file(str(detectron2_config.find_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")))
+    config.merge_from_file(str(d2_config.find_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")))
     config.merge_from_list([entry for pair in SMALL.items() for entry in pair])
     config.MODEL.DEVICE = "cpu"
     config.MODEL.ROI_HEADS.NUM_CLASSES = 3

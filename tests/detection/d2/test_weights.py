@@ -5,8 +5,9 @@ import torch
 from torchvision import models
 
 from gkd.detection import DetectorNetwork
-from gkd.detection.d2 import Detectron2Backend, configure
+from gkd.detection.d2 import Detectron2Backend
 from gkd.detection.d2.config import INSTALL_PAGE, is_available
+from gkd.detection.d2.detector import configure
 from gkd.detection.d2.weights import config_of_weights
 from gkd.errors import UserError
 from tests.detection.d2.toy import DATA, SMALL, difference, draw_statistics, pictures, student

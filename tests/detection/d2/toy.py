@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 
 from gkd.detection import DetectorNetwork
-from gkd.detection.d2 import Detectron2Backend, Detectron2Detector
+from gkd.detection.d2 import Detectron2Backend
+from gkd.detection.d2.detector import Detectron2Detector
 
 DATA = SimpleNamespace(num_classes=3, classes=("a", "b", "c"), category_ids=(1, 2, 3))
 SMALL = {

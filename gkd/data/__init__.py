@@ -1,6 +1,7 @@
 """Images for training, in memory or read by workers; every draw is a pure function of (seed, epoch)."""
 
 from gkd.data.augment import CropFlip, Normalize
+from gkd.data.box_augment import BoxAugment
 from gkd.data.cifar import CIFAR10, CIFAR100
 from gkd.data.coco import COCO
 from gkd.data.detection import DetectionData
@@ -12,12 +13,15 @@ from gkd.data.segmentation import DigitSceneMasks, SegmentationFolder, VOCSegmen
 from gkd.data.synthetic import RandomImages
 from gkd.data.voc import VOC
 from gkd.data.workers import UnreadableImageError
+from gkd.data.yolo import YOLO
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
     "COCO",
     "VOC",
+    "YOLO",
+    "BoxAugment",
     "CropFlip",
     "DetectionData",
     "DigitSceneMasks",

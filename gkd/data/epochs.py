@@ -177,8 +177,8 @@ class EpochData(ABC):
         for part, size in sizes.items():
             if size == 0:
                 raise ValueError(f"Expected images in the part '{part}' (got none)")
-        num_held = _count(holdout, len(order), "holdout")
-        num_train = len(order) - num_held if subset is None else _count(subset, len(order) - num_held, "subset")
+        num_held = count_of(holdout, len(order), "holdout")
+        num_train = len(order) - num_held if subset is None else count_of(subset, len(order) - num_held, "subset")
         if num_train < 1:
             raise ValueError(f"Expected at least one training image (got holdout={holdout} and subset={subset} of {len(order)})")
         train = order[num_held : num_held + num_train].sort().values
@@ -281,7 +281,7 @@ class EpochData(ABC):
             raise ValueError(f"Expected start in [0, {num_batches}] (got {start})")
 
 
-def _count(amount: float | int, total: int, name: str) -> int:
+def count_of(amount: float | int, total: int, name: str) -> int:
     """Turns a share (float) or a number (int) of samples into a number."""
     number = round(amount * total) if isinstance(amount, float) and 0 <= amount <= 1 else amount
     if not isinstance(number, int) or isinstance(amount, bool) or not 0 <= number <= total:

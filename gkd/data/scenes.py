@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from gkd.data.detection import DetectionData, Part, Sample
-from gkd.data.drawing import draw_scenes
+from gkd.data.annotations import Record, normalise
+from gkd.data.box_augment import BoxAugment
+from gkd.data.detection import DetectionData
+from gkd.data.drawing import Scene, draw_scenes
+from gkd.data.masks import encode_mask
 
 
 class DigitScenes(DetectionData):
@@ -32,6 +33,8 @@ class DigitScenes(DetectionData):
         subset: Of the remaining training scenes, those to train on. None: all.
         skip_empty: Whether scenes without digits are left out of the training.
         min_size: As in `DetectionData`; None leaves the scenes as they are.
+        masks: Whether the targets have masks: the strokes of each digit, where nothing covers them.
+        augment: As in `DetectionData`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -57,31 +60,29 @@ class DigitScenes(DetectionData):
         subset: float | int | None = None,
         skip_empty: bool = True,
         min_size: int | None = None,
+        masks: bool = False,
+        augment: BoxAugment | None = None,
     ) -> None:
         scenes = draw_scenes({"train": num_train, "test": num_test}, size, digits, scale, clutter, overlap, scene_seed)
         self._scenes: dict[str, Tensor] = {}
         parts = {}
         for number, part in enumerate(scenes):
-            samples: list[Sample] = []
-            annotations: list[dict[str, Any]] = []
+            images: list[Record] = []
+            objects: list[Record] = []
             for index, scene in enumerate(scenes[part]):
-                source, image_id = f"{part}/{index:06d}.png", number * 10_000_000 + index + 1
-                self._scenes[source] = scene.image
-                samples.append(Sample(image_id, source, (size, size), scene.boxes, scene.labels))
-                annotations += [
-                    _annotation(len(annotations) + i + 1, image_id, box, int(label))
-                    for i, (box, label) in enumerate(zip(scene.boxes.tolist(), scene.labels, strict=True))
-                ]
-            images = [{"id": sample.image_id, "height": size, "width": size, "file_name": sample.source} for sample in samples]
+                image_id, name = number * 10_000_000 + index + 1, f"{part}/{index:06d}.png"
+                images.append({"id": image_id, "file_name": name, "height": size, "width": size})
+                self._scenes[name] = scene.image
+                objects += _objects(scene, image_id, masks)
             categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
-            parts[part] = Part(samples, {"images": images, "annotations": annotations, "categories": categories})
+            content = {"images": images, "annotations": objects, "categories": categories}
+            parts[part] = normalise(content, f"the {part} scenes", masks=masks)
         super().__init__(
             parts,
-            [str(digit) for digit in range(10)],
-            range(1, 11),
             self._scenes.__getitem__,
             min_size=min_size,
             flip=0.0,
+            augment=augment,
             skip_empty=skip_empty,
             holdout=holdout,
             subset=subset,
@@ -92,13 +93,9 @@ class DigitScenes(DetectionData):
         return []
 
 
-def _annotation(number: int, image_id: int, box: list[float], label: int) -> dict[str, Any]:
-    width, height = box[2] - box[0], box[3] - box[1]
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": label + 1,
-        "bbox": [box[0], box[1], width, height],
-        "area": width * height,
-        "iscrowd": 0,
-    }
+def _objects(scene: Scene, image_id: int, masks: bool) -> list[Record]:
+    objects = []
+    for number, ((left, top, right, bottom), label) in enumerate(zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True)):
+        outline = {"segmentation": encode_mask(scene.instances == number + 1)} if masks else {}
+        objects.append({"image_id": image_id, "category_id": label + 1, "bbox": [left, top, right - left, bottom - top], **outline})
+    return objects

@@ -77,7 +77,7 @@ class Detection(Task):
     @property
     def score(self) -> str:  # type: ignore[override]
         """Number whose highest value makes the best checkpoint."""
-        return "AP50" if self.data.metric == "voc" else "AP"
+        return "AP" if self.data.metric == "coco" else "AP50"
 
     def batches(self, split: str, batch_size: int, **options: Any) -> Iterator[tuple]:
         """Batches of a split, resized as the library does it; images that cannot be read are the user's to repair."""

@@ -15,6 +15,8 @@ from gkd.errors import UserError
 
 Found = dict[str, Any]
 
+HEADLINES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
 
 def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
     """Detects in all images of a split and judges by the data's metric.
@@ -28,15 +30,17 @@ def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callab
         batches: Gives this process's batches of the split.
 
     Returns:
-        ``split`` and the numbers of `coco_metrics` or `voc_metrics`.
+        ``split`` and the numbers of `coco_metrics`; where the metric is Pascal VOC's, AP50 and those of the classes are by `voc_metrics`.
     """
     is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_shared:
         for buffer in detector.model.buffers():
             torch.distributed.broadcast(buffer, src=0)
+    read: list[int] = []
     results: list[Found] = []
     for images, targets, _ in batches():
         for image, target, found in zip(images, targets, detector.detect(images), strict=True):
+            read.append(target["image_id"])
             scale = found.boxes.new_tensor([target["size"][1] / image.shape[2], target["size"][0] / image.shape[1]]).repeat(2)
             boxes = (found.boxes * scale).cpu()
             boxes[:, 2:] -= boxes[:, :2]
@@ -46,11 +50,16 @@ def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callab
                 for box, score, label in rows
             ]
     if is_shared:
-        gathered: list[list[Found]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(gathered, results)
-        results = [found for part in gathered for found in part]
-    judge = voc_metrics if data.metric == "voc" else coco_metrics
-    return {"split": split, **judge(data.annotations(split), results)}
+        gathered: list[tuple[list[int], list[Found]]] = [([], []) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, (read, results))
+        read = [number for part, _ in gathered for number in part]
+        results = [found for _, part in gathered for found in part]
+    # Images that could not be read are no images in which nothing was found.
+    annotations = data.annotations(split, read)
+    record = coco_metrics(annotations, results)
+    if data.metric != "coco":
+        record = {name: record[name] for name in HEADLINES} | voc_metrics(annotations, results, eleven_points=data.metric == "voc07")
+    return {"split": split, **record}
 
 
 def coco_metrics(annotations: Mapping[str, Any], results: Sequence[Found]) -> dict[str, float | None]:
@@ -72,21 +81,30 @@ def coco_metrics(annotations: Mapping[str, Any], results: Sequence[Found]) -> di
             f"Expected pycocotools, which computes COCO's average precision (got: {error}). Install it: pip install 'gkd[detection]', or "
             "pip install pycocotools."
         ) from error
+
+    class Evaluation(COCOeval):
+        """Leaves out difficult objects as it does crowds; the base class forgets what was to be ignored."""
+
+        def _prepare(self) -> None:
+            super()._prepare()
+            for objects in self._gts.values():
+                for annotation in objects:
+                    annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
+
     names = {category["id"]: category["name"] for category in annotations["categories"]}
-    keys = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     if not results:
-        there = {annotation["category_id"] for annotation in annotations["annotations"]}
-        return {**dict.fromkeys(keys, 0.0), **{f"AP/{name}": 0.0 if number in there else None for number, name in names.items()}}
+        there = {one["category_id"] for one in annotations["annotations"] if not (one.get("iscrowd", 0) or one.get("difficult", 0))}
+        return {**dict.fromkeys(HEADLINES, 0.0), **{f"AP/{name}": 0.0 if number in there else None for number, name in names.items()}}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth = COCO()
         truth.dataset = dict(annotations)
         truth.createIndex()
         found = truth.loadRes([dict(result) for result in results])
-        evaluation = COCOeval(truth, found, "bbox")
+        evaluation = Evaluation(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    record = {key: _percent(value) for key, value in zip(keys, evaluation.stats[:6], strict=True)}
+    record = {key: _percent(value) for key, value in zip(HEADLINES, evaluation.stats[:6], strict=True)}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all sizes, most detections
     for place, number in enumerate(evaluation.params.catIds):
         known = precision[:, :, place][precision[:, :, place] > -1]
@@ -94,7 +112,9 @@ def coco_metrics(annotations: Mapping[str, Any], results: Sequence[Found]) -> di
     return record
 
 
-def voc_metrics(annotations: Mapping[str, Any], results: Sequence[Found], min_iou: float = 0.5) -> dict[str, float | None]:
+def voc_metrics(
+    annotations: Mapping[str, Any], results: Sequence[Found], min_iou: float = 0.5, eleven_points: bool = False
+) -> dict[str, float | None]:
     """Pascal VOC's average precision at one IoU, in percent: AP50, their mean over the classes, and AP50/CLASS; None where there is nothing
     to find.
 
@@ -105,17 +125,18 @@ def voc_metrics(annotations: Mapping[str, Any], results: Sequence[Found], min_io
         annotations: What is there, in COCO's form, with ``difficult`` where that is so.
         results: What was found, as for `coco_metrics`.
         min_iou: Overlap from which on an object is found.
+        eleven_points: The mean of the precision at the recalls 0, 0.1, .., 1, as VOC did until 2009, instead of the area.
     """
     record: dict[str, float | None] = {}
     for category in annotations["categories"]:
         there = [annotation for annotation in annotations["annotations"] if annotation["category_id"] == category["id"]]
         found = [result for result in results if result["category_id"] == category["id"]]
-        record[f"AP50/{category['name']}"] = _percent(_average_precision(there, found, min_iou))
+        record[f"AP50/{category['name']}"] = _percent(_average_precision(there, found, min_iou, eleven_points))
     known = [value for value in record.values() if value is not None]
     return {"AP50": float(np.mean(known)) if known else None, **record}
 
 
-def _average_precision(there: Sequence[Mapping[str, Any]], found: Sequence[Found], min_iou: float) -> float:
+def _average_precision(there: Sequence[Mapping[str, Any]], found: Sequence[Found], min_iou: float, eleven_points: bool) -> float:
     of_image: dict[int, list[Mapping[str, Any]]] = {}
     for annotation in there:
         of_image.setdefault(annotation["image_id"], []).append(annotation)
@@ -138,6 +159,9 @@ def _average_precision(there: Sequence[Mapping[str, Any]], found: Sequence[Found
     right = np.cumsum(hits)
     recall, precision = right / number, right / np.arange(1, len(hits) + 1)
     attained = np.maximum.accumulate(precision[::-1])[::-1]
+    if eleven_points:
+        places = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-9)
+        return float(np.append(attained, 0.0)[places].mean())
     return float(np.sum(np.diff(recall, prepend=0.0) * attained))
 
 

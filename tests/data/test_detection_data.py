@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gkd.data import COCO, VOC, UnreadableImageError
-from gkd.data.detection import resize
+from gkd.data.object_reader import resize
 
 
 def picture(path: Path, size=(40, 30), colour=(200, 10, 60)) -> None:
@@ -56,12 +56,13 @@ def test_coco(coco, caplog):
     assert [len(sample.boxes) for sample in data.samples("train")] == [2, 0, 0]
     assert data.samples("train")[0].boxes.tolist() == [[10, 5, 20, 10], [30, 20, 40, 25]]  # x + width, y + height; cut off at 40
     assert data.samples("train")[0].labels.tolist() == [1, 0]
-    assert "2 boxes cut off" in caplog.text
-    assert "2 boxes left out" in caplog.text
-    # The evaluation knows the crowd, the areas, and the boxes as they are in the file.
-    known = data.annotations("test")
-    assert len(known["annotations"]) == 5
-    assert known["annotations"][1]["bbox"] == [30, 20, 25, 5]
+    assert "1 box(es) cut off" in caplog.text
+    assert "2 box(es) left out" in caplog.text
+    # The evaluation knows the crowd, the areas, and the boxes as they are in the file, but none that nobody could find.
+    objects = data.annotations("test")["annotations"]
+    assert [one["bbox"] for one in objects] == [[10, 5, 10, 5], [30, 20, 25, 5], [0, 0, 40, 30]]
+    assert [one["iscrowd"] for one in objects] == [0, 0, 1]
+    assert [one["area"] for one in objects] == [50] * 3
     assert COCO(coco(), num_workers=0).num_samples("train") == 1  # images without boxes are left out by default
 
 
@@ -121,7 +122,9 @@ def test_wrong_json(coco, content, message):
 
 
 def test_other_categories_in_the_test_part(coco):
-    with pytest.raises(ValueError, match=r"same categories .*got, in one only, \[\(3, 'car'\), \(3, 'lorry'\)\]"):
+    with pytest.raises(
+        ValueError, match=r"same categories in the parts 'train' and 'test' .*got, in one only, \[\(3, 'car'\), \(3, 'lorry'\)\]"
+    ):
         COCO(coco(test=coco_json(categories=[{"id": 3, "name": "lorry"}, {"id": 1, "name": "person"}])))
 
 

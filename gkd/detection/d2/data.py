@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from gkd.data.detection import DetectionData, Part, Sample, clip_boxes
+from gkd.data.annotations import normalise
+from gkd.data.detection import DetectionData
+from gkd.data.images import read_image
 from gkd.detection.d2.config import require_detectron2
 from gkd.errors import UserError
 
@@ -28,6 +26,8 @@ class Detectron2Data(DetectionData):
         train: Name, or json file and image folder, of the training images.
         test: The same of the images to evaluate on.
         register: Module to import first, which adds data sets of your own.
+        masks: Whether the targets have masks of the objects.
+        keypoints: Whether the targets have keypoints.
         options: As in `DetectionData`: min_size, max_size, flip, skip_empty, holdout, subset, num_workers and so on.
 
     Attributes:
@@ -43,6 +43,8 @@ class Detectron2Data(DetectionData):
         train: str | Sequence[str] = "coco_2017_train",
         test: str | Sequence[str] = "coco_2017_val",
         register: str | None = None,
+        masks: bool = False,
+        keypoints: bool = False,
         **options: Any,
     ) -> None:
         require_detectron2()
@@ -58,48 +60,46 @@ class Detectron2Data(DetectionData):
             raise UserError(f"Expected the classes of {self.names['train']} in {self.names['test']} (got {classes['test']})")
         numbers = about["train"].get("thing_dataset_id_to_contiguous_id", {i + 1: i for i in range(len(classes["train"]))})
         category_ids = [number for number, _ in sorted(numbers.items(), key=lambda item: item[1])]
+        categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes["train"], strict=True)]
         self.record_ids: dict[int, Any] = {}
-        parts = {part: self._part(found, classes[part], category_ids, part) for part, found in records.items()}
-        for part, found in about.items():
-            if "json_file" in found.as_dict():  # has more than the records, such as the areas that the evaluation sorts objects by
-                parts[part] = Part(parts[part].samples, json.loads(Path(found.json_file).read_text()))
+        parts = {}
+        for part, listed in records.items():
+            file = about[part].get("json_file")
+            # The file has more than the records, such as the areas that the evaluation sorts objects by.
+            content = _of_records(listed, categories, part) if file is None else json.loads(Path(file).read_bytes())
+            paths = {image["id"]: image["file_name"] for image in content["images"]}
+            if file is not None:
+                paths = {record["image_id"]: record["file_name"] for record in listed}
+            images = [{**image, "file_name": paths[image["id"]]} for image in content["images"] if image["id"] in paths]
+            objects = [annotation for annotation in content["annotations"] if annotation["image_id"] in paths]
+            content = {**content, "images": images, "annotations": objects}
+            parts[part] = normalise(content, self.names[part], _path, classes[part], masks, keypoints)
+            given = [record["image_id"] for record in listed] if file is None else [image["id"] for image in images]
+            self.record_ids |= {image["id"]: number for image, number in zip(parts[part].images, given, strict=True)}
         metric: Literal["coco", "voc"] = "voc" if about["test"].get("evaluator_type") == "pascal_voc" else "coco"
-        super().__init__(parts, classes["train"], category_ids, _read, metric=metric, **options)
+        super().__init__(parts, read_image, **{"metric": metric, **options})
 
-    def _part(self, records: Sequence[Mapping[str, Any]], classes: Sequence[str], category_ids: Sequence[int], part: str) -> Part:
-        from detectron2.structures import BoxMode
 
-        samples: list[Sample] = []
-        images: list[dict[str, Any]] = []
-        known: list[dict[str, Any]] = []
-        for row, record in enumerate(records):
-            # Voc's images are named by strings; where two parts share numbers, they are still different images.
-            number = record["image_id"] if isinstance(record["image_id"], int) else row + 1 + 10_000_000 * (part == "test")
-            self.record_ids[number] = record["image_id"]
-            size = (record["height"], record["width"])
-            images.append({"id": number, "height": size[0], "width": size[1], "file_name": record["file_name"]})
-            boxes, labels = [], []
-            for found in record["annotations"]:
-                box = BoxMode.convert(list(found["bbox"]), found["bbox_mode"], BoxMode.XYXY_ABS)
-                crowd = int(found.get("iscrowd", 0))
-                x1, y1, x2, y2 = (float(value) for value in box)
-                known.append(
-                    {
-                        "id": len(known) + 1,
-                        "image_id": number,
-                        "category_id": category_ids[found["category_id"]],
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": float(found.get("area", (x2 - x1) * (y2 - y1))),
-                        "iscrowd": crowd,
-                    }
-                )
-                if not crowd:
-                    boxes.append([x1, y1, x2, y2])
-                    labels.append(found["category_id"])
-            clipped, kept = clip_boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), size)
-            samples.append(Sample(number, record["file_name"], size, clipped[kept], torch.tensor(labels, dtype=torch.long)[kept]))
-        categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
-        return Part(samples, {"images": images, "annotations": known, "categories": categories})
+def _path(image: Mapping[str, Any]) -> Path:
+    return Path(image["file_name"])
+
+
+def _of_records(records: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
+    """What Detectron2's records say, in COCO's form."""
+    from detectron2.structures import BoxMode
+
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for row, record in enumerate(records):
+        # Voc's images are named by strings; where two parts share numbers, they are still different images.
+        number = record["image_id"] if isinstance(record["image_id"], int) else row + 1 + 10_000_000 * (part == "test")
+        images.append({"id": number, "height": record["height"], "width": record["width"], "file_name": record["file_name"]})
+        for one in record["annotations"]:
+            box = BoxMode.convert(list(one["bbox"]), one["bbox_mode"], BoxMode.XYWH_ABS)
+            kept = {name: one[name] for name in ("iscrowd", "area", "segmentation", "keypoints") if name in one}
+            category = categories[one["category_id"]]["id"]
+            objects.append({"id": len(objects) + 1, "image_id": number, "category_id": category, "bbox": box, **kept})
+    return {"images": images, "annotations": objects, "categories": categories}
 
 
 def register_coco(json_file: str | Path, image_root: str | Path) -> str:
@@ -189,9 +189,3 @@ def _records(name: str) -> list[dict[str, Any]]:
         ) from error
     except (KeyError, AssertionError, ValueError) as error:
         raise UserError(f"Expected annotations that Detectron2 reads in {name} (got {type(error).__name__}: {error})") from error
-
-
-def _read(path: str) -> Tensor:
-    from detectron2.data.detection_utils import read_image
-
-    return torch.from_numpy(np.ascontiguousarray(read_image(path, format="RGB").transpose(2, 0, 1)))

@@ -36,22 +36,24 @@ def evaluate_with_detectron2(detector: Detector, data: DetectionData, split: str
     from detectron2.data import MetadataCatalog
     from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 
-    if data.metric == "voc":
+    if data.metric != "coco":
         if not isinstance(data, Detectron2Data) or split != "test":
             raise UserError(
                 "Expected Detectron2Data, and its whole test part, for Detectron2's evaluator of Pascal VOC "
                 f"(got the split {split!r} of {type(data).__name__}). Choose Detectron2Backend.evaluator = 'gkd'."
             )
-        found = _run(PascalVOCDetectionEvaluator(data.names["test"]), detector, batches, data.record_ids)
+        found = _judge(PascalVOCDetectionEvaluator(data.names["test"]), _detect(detector, batches), data.record_ids)
         return {"split": split, **{key: _number(value) for key, value in found.items()}}
+    detected = _detect(detector, batches)
+    read = _from_all([number for number, _ in detected])
     name = f"gkd:{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "annotations.json"
-        file.write_text(json.dumps(data.annotations(split)))
+        file.write_text(json.dumps(data.annotations(split, read)))
         numbers = {number: label for label, number in enumerate(data.category_ids)}
         MetadataCatalog.get(name).set(json_file=str(file), thing_classes=list(data.classes), thing_dataset_id_to_contiguous_id=numbers)
         try:
-            found = _run(COCOEvaluator(name, tasks=("bbox",), use_fast_impl=False), detector, batches, {})
+            found = _judge(COCOEvaluator(name, tasks=("bbox",), use_fast_impl=False), detected, {})
         finally:
             MetadataCatalog.remove(name)
     if "AP-" not in "".join(found):  # without any detection, Detectron2 answers NaN where the average precision is 0
@@ -59,22 +61,38 @@ def evaluate_with_detectron2(detector: Detector, data: DetectionData, split: str
     return {"split": split, **{key.replace("AP-", "AP/"): _number(value) for key, value in found.items()}}
 
 
-def _run(evaluator: Any, detector: Detector, batches: Callable[[], Iterator[tuple]], names: dict[int, Any]) -> dict[str, float]:
+def _detect(detector: Detector, batches: Callable[[], Iterator[tuple]]) -> list[tuple[int, Any]]:
+    """Ids of this process's images, with what is found in them, in the pixels that they had before they were resized."""
     from detectron2.structures import Boxes, Instances
 
-    evaluator.reset()
+    detected = []
     for images, targets, _ in batches():
         for image, target, found in zip(images, targets, detector.detect(images), strict=True):
             height, width = target["size"]
             boxes = Boxes(found.boxes.float().cpu())
             boxes.scale(width / image.shape[-1], height / image.shape[-2])
-            number = target["image_id"]
-            instances = Instances((height, width), pred_boxes=boxes, scores=found.scores.float().cpu(), pred_classes=found.labels.cpu())
-            evaluator.process([{"image_id": names.get(number, number)}], [{"instances": instances}])
+            scores, classes = found.scores.float().cpu(), found.labels.cpu()
+            detected.append((target["image_id"], Instances((height, width), pred_boxes=boxes, scores=scores, pred_classes=classes)))
+    return detected
+
+
+def _judge(evaluator: Any, detected: list[tuple[int, Any]], names: dict[int, Any]) -> dict[str, float]:
+    evaluator.reset()
+    for number, instances in detected:
+        evaluator.process([{"image_id": names.get(number, number)}], [{"instances": instances}])
     results = [evaluator.evaluate()]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(results, src=0)  # the evaluators answer on the first process only
     return dict((results[0] or {}).get("bbox", {}))
+
+
+def _from_all(numbers: list[int]) -> list[int]:
+    """The numbers of all processes."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return numbers
+    gathered: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, numbers)
+    return [number for part in gathered for number in part]
 
 
 def _number(value: float) -> float | None:

@@ -13,6 +13,7 @@ import gkd.cli
 from gkd.config import configure
 from gkd.detection import DetectorNetwork
 from gkd.detection.torchvision import TorchvisionBackend
+from gkd.losses import cwd_loss
 from gkd.tasks.precision import coco_metrics, voc_metrics
 
 OPTIONS = {"faster_rcnn": {"box_channels": 32, "anchor_sizes": (16, 24, 32, 48, 64)}, "retinanet": {}, "fcos": {}}
@@ -140,6 +141,18 @@ def test_published_methods_combine_with_a_pair(files, method):
     losses = task.distiller(*next(task.batches("train", 2)))
     assert {f"{method}/{level}" for level in ("p3", "p4", "p5", "p6")} <= set(losses)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_vertices_of_sekd_are_channel_wise_distillation(files):
+    files("fcos")
+    task = configure(["run.gin", "gin/methods/sekd_detection.gin"], ()).build("Detection")
+    images, targets, index = next(task.batches("train", 2))
+    losses = task.distiller(images, targets, index)
+    assert {f"sekd/{level}/{part}" for level in ("p3", "p4", "p5", "p6") for part in ("vertex", "edge", "spectral")} <= set(losses)
+    features = task.distiller.features(images, targets)
+    for level in ("p3", "p5"):
+        expected = 10.0 * cwd_loss(features.adapted[level], features.teacher[level])
+        assert losses[f"sekd/{level}/vertex"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["faster_rcnn", "fcos"])

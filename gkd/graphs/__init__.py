@@ -3,16 +3,17 @@
 from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder, prune
 from gkd.graphs.dense import from_dense, from_padded, to_dense, to_padded
+from gkd.graphs.edge_index import Edges
 from gkd.graphs.edges import CompleteEdges, KNNEdges, RadiusEdges
 from gkd.graphs.encodings import AddEncoding, HeatKernelEncoding, LaplacianEncoding, RandomWalkEncoding
 from gkd.graphs.fixed_edges import GridEdges, RandomEdges
-from gkd.graphs.heat import heat_kernel, heat_kernel_signature, heat_trace
+from gkd.graphs.heat import heat_diagonal, heat_kernel, heat_kernel_signature, heat_trace
 from gkd.graphs.laplacian import laplacian
+from gkd.graphs.lowrank import LowRank
 from gkd.graphs.message import RelationalConv
 from gkd.graphs.nodes import ChannelNodes, InstanceNodes, Nodes, PatchNodes, RegionNodes
 from gkd.graphs.spectral import Spectrum, eigengap, eigenmaps
 from gkd.graphs.stages import StageGraph
-from gkd.graphs.topology import Edges
 
 __all__ = [
     "AddEncoding",
@@ -26,6 +27,7 @@ __all__ = [
     "InstanceNodes",
     "KNNEdges",
     "LaplacianEncoding",
+    "LowRank",
     "Nodes",
     "PatchNodes",
     "RadiusEdges",
@@ -39,6 +41,7 @@ __all__ = [
     "eigenmaps",
     "from_dense",
     "from_padded",
+    "heat_diagonal",
     "heat_kernel",
     "heat_kernel_signature",
     "heat_trace",

@@ -3,21 +3,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gkd.graphs.nodes import Nodes
+from gkd.graphs.edge_index import Edges, bipartite_index, check_edge_index, complete_index, neighbor_index, num_pairs, without_diagonal
+from gkd.graphs.nearest import check_neighbors, neighbors, num_slots
+from gkd.graphs.nodes import Nodes, checked_rows
 from gkd.graphs.precision import full_precision
-from gkd.graphs.similarity import take_edges
-from gkd.graphs.topology import (
-    Edges,
-    bipartite_index,
-    check_edge_index,
-    check_neighbors,
-    checked_rows,
-    complete_index,
-    neighbor_index,
-    neighbors,
-    num_slots,
-    without_diagonal,
-)
+from gkd.graphs.similarity import power_of_two, take_edges
+
+_LARGEST_SCORE = 1e30  # of a pair; it attends to nothing else long before
 
 
 class AttentionEdges(nn.Module):
@@ -71,7 +63,7 @@ class AttentionEdges(nn.Module):
 
     def slots(self, num_nodes: int) -> int:
         """Number of edge slots of a graph, fillers included."""
-        return num_nodes * (max(num_nodes - 1, 0) if self.k is None else num_slots(self.k, num_nodes - 1))
+        return num_pairs(num_nodes, False) if self.k is None else num_nodes * num_slots(self.k, num_nodes - 1)
 
     def forward(self, nodes: Nodes, edge_index: Tensor | None = None) -> Edges:
         """Chooses edges and weighs them, or weighs those of another network: self-loops among these are fillers and weigh 0.
@@ -144,10 +136,12 @@ class AttentionEdges(nn.Module):
             expected = f"a multiple of {self.heads} heads" if self.in_channels is None else f"in_channels={self.in_channels}"
             raise ValueError(f"Expected rows of length {expected} (got {width})")
         query, key = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(x), self.key(y)))
-        # A finite lowest score, since a row of nothing but -inf would be NaN.
-        scale = self.temperature * max(query.shape[-1], 1) ** 0.5
+        # Products of large features would overflow; powers of two change no digit of the others.
+        query_unit, key_unit = power_of_two(query, (1, 2, 3)), power_of_two(key, (1, 2, 3))
+        scale = (query_unit * key_unit / (self.temperature * max(query.shape[-1], 1) ** 0.5)).clamp(max=_LARGEST_SCORE)
         allowed = attends if attends.dim() == 2 else attends[:, None]
-        score = (query @ key.mT / scale).masked_fill(~allowed, torch.finfo(query.dtype).min)
+        # A finite lowest score, since a row of nothing but -inf would be NaN.
+        score = ((query / query_unit) @ (key / key_unit).mT * scale).masked_fill(~allowed, torch.finfo(query.dtype).min)
         return score.softmax(dim=-1).masked_fill(~allowed, 0.0).mean(dim=1)
 
     def extra_repr(self) -> str:

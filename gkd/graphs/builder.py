@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
+from gkd.graphs.cache import static_tensors
+from gkd.graphs.edge_index import Edges, check_edge_index, complete_index, num_pairs
+from gkd.graphs.edges import CompleteEdges
 from gkd.graphs.encodings import add_node_attribute
+from gkd.graphs.layout import Layout, slices_of, uniform_layout
 from gkd.graphs.nodes import Nodes
-from gkd.graphs.topology import Edges, check_edge_index, static_tensors
+from gkd.graphs.spectral import FACTOR, Spectrum
 
 # The class of what Batch.from_data_list returns. Batch makes it when it is called, which torch.compile cannot follow.
 _DataBatch: type[Data] = type(Batch(_base_cls=Data))
@@ -20,58 +24,92 @@ class GraphBuilder(nn.Module):
     """Turns features into a :class:`torch_geometric.data.Batch` of graphs, all at once.
 
     The batch has the attributes, slices and increments that ``Batch.from_data_list`` gives for the graphs one by one, but no list is made.
-    Where all graphs have equally many nodes, shapes are static: nothing waits for a GPU, and ``torch.compile(fullgraph=True)`` compiles
-    the builder. Index tensors are shared between batches; do not write into them.
+    Every edge has a weight above 0, so that the layers of PyG read the graph right, those too that count neighbours or ignore weights.
+    How many edges there are depends on the values, for which a GPU is waited for. Graphs of different sizes (nodes with a mask) are
+    compacted: padded nodes are dropped.
 
-    Slots without an edge are fillers, self-loops of weight 0. Whatever reads ``edge_weight`` passes over them: the Laplacians and messages
-    of gkd.graphs, GCNConv and other weighted convolutions. One that does not (GATConv, TransformerConv) should get a pruned graph.
-
-    Graphs of different sizes (nodes with a mask) are compacted, which waits for a GPU: padded nodes and edges of weight 0 are dropped.
+    With ``static=True`` shapes depend on sizes only, where all graphs have equally many nodes: nothing waits for a GPU, and
+    ``torch.compile(fullgraph=True)`` compiles the builder. Slots without an edge are *fillers* then, self-loops of weight 0. Whatever in
+    gkd reads the graph passes over them; layers of PyG that add self-loops (GCNConv, SGConv, APPNP) or average over neighbours (GraphConv
+    with ``aggr='mean'``, GATConv) do not. :func:`prune` drops them afterwards. Index tensors are shared between batches; do not write into
+    them.
 
     Args:
-        nodes: Makes :class:`~gkd.graphs.nodes.Nodes` of features.
-        edges: Makes :class:`~gkd.graphs.topology.Edges` of nodes.
+        nodes: Makes :class:`~gkd.graphs.Nodes` of features.
+        edges: Makes :class:`~gkd.graphs.Edges` of nodes.
         encoding: Called with the batch; what it returns becomes ``pe`` [N, t].
-        prune: Drops the edges of weight 0, as :func:`prune` does.
 
     Shapes:
         - **output**: ``x`` [N, d], ``pos`` [N, p], ``edge_index`` [2, E], ``edge_weight`` [E], ``batch`` [N], ``ptr`` [B + 1],
-          ``pe`` [N, t], and ``factor`` [N, d] for complete graphs of low rank
+          ``pe`` [N, t], and for complete graphs of low rank ``factor`` or ``loopless_factor`` [N, d], see :class:`~gkd.graphs.LowRank`
 
     Examples:
         >>> from gkd.graphs.edges import KNNEdges
         >>> from gkd.graphs.nodes import ChannelNodes
-        >>> GraphBuilder(nodes=ChannelNodes(), edges=KNNEdges(k=2))(torch.rand(2, 8, 4, 4))
+        >>> build = GraphBuilder(nodes=ChannelNodes(), edges=KNNEdges(k=2))
+        >>> build(torch.rand(2, 8, 4, 4), static=True)
         DataBatch(x=[16, 16], edge_index=[2, 64], edge_weight=[64], batch=[16], ptr=[3])
+        >>> (build(torch.rand(2, 8, 4, 4)).edge_weight > 0).all()
+        tensor(True)
     """
 
-    def __init__(self, nodes: nn.Module, edges: nn.Module, encoding: nn.Module | None = None, prune: bool = False) -> None:
+    def __init__(self, nodes: nn.Module, edges: nn.Module, encoding: nn.Module | None = None) -> None:
         super().__init__()
         self.nodes = nodes
         self.edges = edges
         self.encoding = encoding
-        self.prune = prune
 
-    def forward(self, features: Tensor, *node_args: Any, edge_index: Tensor | Batch | None = None) -> Batch:
+    def forward(self, features: Tensor, *node_args: Any, topology: Tensor | Batch | None = None, static: bool = False) -> Batch:
         """Builds the graphs.
 
         Args:
             features: What the node class takes.
             *node_args: What else the node class takes, such as boxes.
-            edge_index: Another network's graph, or its ``edge_index``, whose topology is used: the weights are evaluated on these edges,
-                in their order, and none is dropped. A graph also tells how many edges each of its graphs has; for a tensor they are
-                counted, or on a GPU, which would have to be waited for, taken for the same number if there are as many as it makes itself.
+            topology: Another network's graph, or its ``edge_index``: the weights are evaluated on its edges, in their order, and none is
+                dropped. A graph also tells how many edges each of its graphs has; for a tensor they are counted, or on a GPU, which would
+                have to be waited for, taken for the same number if there are as many as it makes itself.
+            static: Keep slots without an edge, see the class.
         """
-        nodes = self.nodes(features, *node_args)
+        return encode(self._build(self._nodes(features, node_args), topology, static), self.encoding)
+
+    def view(self, features: Tensor, *node_args: Any, topology: Spectrum | None = None) -> Spectrum:
+        """Builds the graphs for those who compare them: a view that makes the batch, with static shapes, when it is asked for.
+
+        Complete graphs with more nodes than features are known by a factor, see :class:`~gkd.graphs.LowRank`: neither their adjacency nor
+        their edges are written down unless somebody asks for ``graph``, ``adjacency`` or ``laplacian``.
+
+        Args:
+            features: What the node class takes.
+            *node_args: What else the node class takes.
+            topology: The view of another network's graph whose edges are used.
+        """
+        nodes = self._nodes(features, node_args)
+        lowrank = None
+        if isinstance(self.edges, CompleteEdges) and nodes.x.shape[2] < nodes.x.shape[1] and self.encoding is None:
+            complete = topology is None or (topology.lowrank is not None and topology.lowrank.self_loops == self.edges.self_loops)
+            lowrank = self.edges.lowrank(nodes) if complete else None
+        if lowrank is None:
+            graph = self._build(nodes, None if topology is None else topology.graph, static=True)
+            return Spectrum(encode(graph, self.encoding), edges=self.edges)
+        return Spectrum.of_lowrank(
+            lambda: self._build(nodes, None if topology is None else topology.graph, static=True),
+            nodes.x if nodes.mask is None else nodes.x.where(nodes.mask[:, :, None], 0.0),
+            uniform_layout(*nodes.x.shape[:2], nodes.x.device).mask if nodes.mask is None else nodes.mask,
+            lowrank,
+            self.edges,
+        )
+
+    def _nodes(self, features: Tensor, node_args: tuple[Any, ...]) -> Nodes:
+        nodes: Nodes = self.nodes(features, *node_args)
         if not hasattr(nodes, "mask"):
             raise TypeError(f"Expected nodes to return Nodes (got {type(nodes).__name__}; are nodes and edges exchanged?)")
-        if edge_index is None:
-            graph = build_batch(nodes, self.edges(nodes))
-            if self.prune and nodes.mask is None:
-                graph = prune(graph)
-        else:
-            graph = build_on(nodes, self.edges, edge_index)
-        return encode(graph, self.encoding)
+        return nodes
+
+    def _build(self, nodes: Nodes, topology: Tensor | Batch | None, static: bool) -> Batch:
+        if topology is not None:
+            return build_on(nodes, self.edges, topology)
+        graph = build_batch(nodes, self.edges(nodes))
+        return graph if static or nodes.mask is not None else prune(graph)
 
 
 def build_batch(nodes: Nodes, edges: Edges, **attributes: Tensor) -> Batch:
@@ -79,19 +117,20 @@ def build_batch(nodes: Nodes, edges: Edges, **attributes: Tensor) -> Batch:
 
     Args:
         nodes: The nodes of B graphs.
-        edges: Their edges, equally many slots for every graph, one graph's after the other's.
+        edges: Their edges, equally many slots for every graph, one graph's after the other's. Graphs with a mask, whose sizes differ,
+            are compacted: padded nodes and edges of weight 0 are dropped.
         **attributes: Other values of the nodes, padded alike: [B, n, ...].
     """
-    layout = _layout(nodes)
-    edge_index, edge_weight, _ = edges
+    where = _layout(nodes)
+    num_graphs, edge_index, edge_weight = where.num_graphs, edges.edge_index, edges.edge_weight
     if nodes.mask is None:
-        slices = static_tensors(_uniform_slices, layout.num_graphs, edge_index.shape[1] // max(layout.num_graphs, 1))[0]
+        slices = static_tensors(_uniform_slices, num_graphs, edge_index.shape[1] // max(num_graphs, 1))[0]
     else:
         exists = nodes.mask.flatten()
         keep = (edge_weight.detach() != 0) & exists[edge_index].all(dim=0)
         edge_index, edge_weight = (exists.cumsum(0) - 1)[edge_index[:, keep]], edge_weight[keep]
-        slices = _slices(keep.view(layout.num_graphs, -1).sum(dim=1) if layout.num_graphs else keep)
-    return _assemble(layout, nodes, Edges(edge_index, edge_weight, edges.factor), slices, attributes)
+        slices = slices_of(keep.view(num_graphs, -1).sum(dim=1) if num_graphs else keep)
+    return _assemble(where, nodes, edges._replace(edge_index=edge_index, edge_weight=edge_weight), slices, attributes)
 
 
 def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Tensor | Batch, **attributes: Tensor) -> Batch:
@@ -103,8 +142,8 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
         topology: The other graph, or its edge list, in the numbering of a batch.
         **attributes: Other values of the nodes, padded alike: [B, n, ...].
     """
-    layout = _layout(nodes)
-    num_graphs, num_nodes = layout.num_graphs, layout.batch.numel()
+    where = _layout(nodes)
+    num_graphs, num_nodes = where.num_graphs, where.index.batch.numel()
     slices: Tensor | None = None
     if isinstance(topology, Tensor):
         edge_index = topology
@@ -117,15 +156,38 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
                 f"(got {num_graphs if slices is None else slices.numel() - 1} graphs with {size} nodes)"
             )
     check_edge_index(edge_index, num_nodes, num_nodes)
-    edges = weigh(nodes, edge_index if layout.place is None else layout.place[edge_index])
+    complete = isinstance(weigh, CompleteEdges) and _is_complete(topology, where, weigh.self_loops)
+    if complete and nodes.mask is None:  # in the order in which the class makes them
+        edges = weigh(nodes)
+    else:
+        edges = weigh(nodes, edge_index if where.layout.slot is None else where.layout.slot[edge_index])
+        edges = edges._replace(lowrank=weigh.lowrank(nodes)) if complete else edges
+    edges = edges._replace(edge_index=edge_index)
     if slices is None:
         slots = getattr(weigh, "slots", None)
-        own = None if slots is None or nodes.mask is not None else slots(nodes.x.shape[1])
-        if own is None or edge_index.shape[1] != num_graphs * own or edge_index.device.type == "cpu":
-            slices = _count_edges(layout.batch[edge_index[1]], num_graphs)
+        usual = None if slots is None or nodes.mask is not None else slots(nodes.x.shape[1])
+        if usual is None or edge_index.shape[1] != num_graphs * usual or edge_index.device.type == "cpu":
+            slices = _count_edges(where.index.batch[edge_index[1]], num_graphs)
         else:
-            slices = static_tensors(_uniform_slices, num_graphs, own)[0]
-    return _assemble(layout, nodes, edges._replace(edge_index=edge_index), slices, attributes)
+            slices = static_tensors(_uniform_slices, num_graphs, usual)[0]
+    return _assemble(where, nodes, edges, slices, attributes)
+
+
+def _is_complete(topology: Tensor | Batch, where: _Where, self_loops: bool) -> bool:
+    """Whether the topology surely has all pairs of nodes, in the order of CompleteEdges; without waiting for a device."""
+    (num_graphs, num_nodes, slot, _), sizes = where.layout, where.index.slices.diff()
+    edge_index = topology if isinstance(topology, Tensor) else topology.edge_index
+    if slot is None:
+        if edge_index.shape[1] != num_graphs * num_pairs(num_nodes, self_loops):
+            return False
+    elif edge_index.shape[1] != int((sizes * (sizes if self_loops else sizes - 1)).sum()):
+        return False
+    if not isinstance(topology, Tensor):
+        return FACTOR[self_loops] in topology  # that of a complete graph, of which no edge was dropped
+    if slot is not None:
+        return edge_index.device.type == "cpu" and torch.unique(edge_index, dim=1).shape[1] == edge_index.shape[1]
+    every = complete_index(num_graphs, num_nodes, self_loops, edge_index.device)
+    return edge_index is every or (not torch.compiler.is_compiling() and every.device.type == "cpu" and torch.equal(edge_index, every))
 
 
 def prune(graph: Data) -> Data:
@@ -145,6 +207,8 @@ def prune(graph: Data) -> Data:
     keep = edge_weight.detach() != 0
     keep = keep if keep.dim() == 1 else keep.flatten(1).any(dim=1)
     pruned = copy.copy(graph)
+    if keep.device.type == "cpu" and bool(keep.all()):
+        return pruned
     names = [name for name, value in graph.to_dict().items() if isinstance(value, Tensor) and name.startswith("edge_")]
     for name in names:
         pruned[name] = graph[name][:, keep] if name == "edge_index" else graph[name][keep]
@@ -171,62 +235,67 @@ def encode(graph: Batch, encoding: nn.Module | None) -> Batch:
     return add_node_attribute(graph, "pe", pe)
 
 
-class _Layout(NamedTuple):
-    """Where the nodes of the graphs lie in a batch."""
+class _BatchIndex(NamedTuple):
+    """What a batch says about its nodes."""
 
-    num_graphs: int
     batch: Tensor
     ptr: Tensor
     slices: Tensor  # as ptr, on the CPU
     no_shift: Tensor  # a zero for every graph, on the CPU
-    place: Tensor | None = None  # the padded row of every node; None if nothing is padded
-
-    def flat(self, value: Tensor) -> Tensor:
-        """[B, n, ...] -> [N, ...]."""
-        return value.reshape(-1, *value.shape[2:]) if self.place is None else value.flatten(0, 1)[self.place]
 
 
-def _layout(nodes: Nodes) -> _Layout:
+class _Where(NamedTuple):
+    """Where the nodes of the graphs lie in padded tensors and in the batch."""
+
+    layout: Layout
+    index: _BatchIndex
+
+    @property
+    def num_graphs(self) -> int:
+        return self.layout.num_graphs
+
+
+def _layout(nodes: Nodes) -> _Where:
     num_graphs, num_nodes = nodes.x.shape[:2]
     if nodes.mask is None:
-        return _Layout(num_graphs, *static_tensors(_uniform_layout, num_graphs, num_nodes, nodes.x.device))
-    place = nodes.mask.flatten().nonzero()[:, 0]
-    slices = _slices(nodes.mask.sum(dim=1))
-    batch = torch.div(place, max(num_nodes, 1), rounding_mode="floor")
-    return _Layout(num_graphs, batch, slices.to(place.device), slices, torch.zeros_like(slices[1:]), place)
+        index = _BatchIndex(*static_tensors(_uniform_index, num_graphs, num_nodes, nodes.x.device))
+        return _Where(uniform_layout(num_graphs, num_nodes, nodes.x.device), index)
+    slot = nodes.mask.flatten().nonzero()[:, 0]
+    slices = slices_of(nodes.mask.sum(dim=1))
+    batch = torch.div(slot, max(num_nodes, 1), rounding_mode="floor")
+    index = _BatchIndex(batch, slices.to(slot.device), slices, torch.zeros_like(slices[1:]))
+    return _Where(Layout(num_graphs, num_nodes, slot, nodes.mask), index)
 
 
-def _uniform_layout(num_graphs: int, num_nodes: int, device: torch.device) -> tuple[Tensor, ...]:
+def _uniform_index(num_graphs: int, num_nodes: int, device: torch.device) -> tuple[Tensor, ...]:
     (slices,) = _uniform_slices(num_graphs, num_nodes)
-    batch = torch.arange(num_graphs, device=device).repeat_interleave(num_nodes)
+    batch = torch.arange(num_graphs, device=device)[:, None].expand(num_graphs, num_nodes).reshape(-1)
     ptr = torch.arange(num_graphs + 1, device=device) * num_nodes
     return batch, ptr, slices, torch.zeros_like(slices[1:])
 
 
 def _uniform_slices(num_graphs: int, size: int) -> tuple[Tensor]:
-    return (torch.arange(num_graphs + 1) * size,)
-
-
-def _slices(sizes: Tensor) -> Tensor:
-    return torch.cat((sizes.new_zeros(1, dtype=torch.long), sizes.cumsum(0))).cpu()
+    return (torch.arange(num_graphs + 1, device="cpu") * size,)
 
 
 def _count_edges(graph: Tensor, num_graphs: int) -> Tensor:
     if not torch.compiler.is_compiling() and graph.device.type == "cpu" and bool((graph.diff() < 0).any()):
         raise ValueError("Expected an edge_index with the edges of one graph after those of another (got them mixed)")
-    return _slices(torch.zeros(num_graphs, dtype=torch.long, device=graph.device).index_add(0, graph, torch.ones_like(graph)))
+    return slices_of(torch.zeros(num_graphs, dtype=torch.long, device=graph.device).index_add(0, graph, torch.ones_like(graph)))
 
 
-def _assemble(layout: _Layout, nodes: Nodes, edges: Edges, edge_slices: Tensor, attributes: Mapping[str, Tensor]) -> Batch:
-    padded = {"x": nodes.x, "pos": nodes.pos, "factor": edges.factor, **attributes}
-    values = {name: layout.flat(value) for name, value in padded.items() if value is not None}
+def _assemble(where: _Where, nodes: Nodes, edges: Edges, edge_slices: Tensor, attributes: Mapping[str, Tensor]) -> Batch:
+    (layout, index), padded = where, {"x": nodes.x, "pos": nodes.pos, **attributes}
+    if edges.lowrank is not None:
+        padded[FACTOR[edges.lowrank.self_loops]] = edges.lowrank.factor
+    values = {name: layout.compact(value) for name, value in padded.items() if value is not None}
     graph: Batch = Data.__new__(_DataBatch)
     Data.__init__(graph)
     for name, value in values.items():
         graph[name] = value
     graph.edge_index, graph.edge_weight = edges.edge_index, edges.edge_weight
-    graph.batch, graph.ptr = layout.batch, layout.ptr
+    graph.batch, graph.ptr = index.batch, index.ptr
     graph._num_graphs = layout.num_graphs
-    graph._slice_dict = {**dict.fromkeys(values, layout.slices), "edge_index": edge_slices, "edge_weight": edge_slices}
-    graph._inc_dict = {**dict.fromkeys(values, layout.no_shift), "edge_index": layout.slices[:-1], "edge_weight": layout.no_shift}
+    graph._slice_dict = {**dict.fromkeys(values, index.slices), "edge_index": edge_slices, "edge_weight": edge_slices}
+    graph._inc_dict = {**dict.fromkeys(values, index.no_shift), "edge_index": index.slices[:-1], "edge_weight": index.no_shift}
     return graph

@@ -1,53 +1,11 @@
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
+from gkd.graphs.layout import layout, slices_of
 from gkd.graphs.precision import as_float
-
-
-class Layout(NamedTuple):
-    """Where the nodes of a batch of graphs lie in padded tensors ``[num_graphs, num_nodes, ...]``."""
-
-    num_graphs: int
-    num_nodes: int
-    slot: Tensor | None
-    """Row of every node in the flattened padding, or None where all graphs have ``num_nodes`` nodes and nothing is padded."""
-    mask: Tensor
-    """True where a node exists, ``[num_graphs, num_nodes]``."""
-
-
-def layout(graph: Data) -> Layout:
-    """Says where the nodes of a graph, or of a batch of graphs, lie in padded tensors.
-
-    The sizes come from the part of a :class:`~torch_geometric.data.Batch` that is always on the CPU, so that nothing waits for a GPU.
-    Only a batch that lost it (one that was edited, or put together by hand) is counted from ``ptr`` or ``batch``, which does wait.
-    """
-    if graph.get("batch") is None:
-        num_nodes = int(graph.num_nodes or 0)
-        return Layout(1, num_nodes, None, torch.ones(1, num_nodes, dtype=torch.bool, device=_device(graph)))
-    batch = graph["batch"]
-    sizes = _sizes_on_cpu(graph)
-    ptr = graph.get("ptr")
-    if sizes is None:
-        num_graphs = getattr(graph, "_num_graphs", None)
-        if ptr is None or (num_graphs is not None and ptr.numel() != num_graphs + 1):
-            ptr = torch.bincount(batch, minlength=num_graphs or 0).cumsum(0)
-            ptr = torch.cat([ptr.new_zeros(1), ptr])
-        sizes = ptr.diff().tolist()
-        if sum(sizes) != batch.numel():
-            raise ValueError(f"Expected 'ptr' to count the nodes in 'batch' (got {sum(sizes)} and {batch.numel()})")
-    num_graphs, num_nodes = len(sizes), max(sizes, default=0)
-    if min(sizes, default=0) == num_nodes:
-        return Layout(num_graphs, num_nodes, None, torch.ones(num_graphs, num_nodes, dtype=torch.bool, device=batch.device))
-    if ptr is None:
-        ptr = torch.tensor([0, *sizes], device=batch.device).cumsum(0)
-    slot = torch.arange(batch.numel(), device=batch.device) + batch * num_nodes - ptr[batch]
-    mask = torch.arange(num_nodes, device=batch.device) < ptr.diff()[:, None]
-    return Layout(num_graphs, num_nodes, slot, mask)
 
 
 def to_dense(graph: Data) -> tuple[Tensor, Tensor]:
@@ -163,8 +121,8 @@ def from_dense(A: Tensor, mask: Tensor | None = None, x: Tensor | None = None) -
     sizes = mask.sum(1)
     number = mask.flatten().cumsum(0).view_as(mask) - 1  # of every node in the batch
     graph, source, target = ((A != 0) & mask[:, :, None] & mask[:, None, :]).nonzero().unbind(1)
-    node_slices = _slices(sizes)
-    edge_slices = _slices(torch.bincount(graph, minlength=num_graphs))
+    node_slices = slices_of(sizes)
+    edge_slices = slices_of(torch.bincount(graph, minlength=num_graphs))
     attributes = {"edge_index": torch.stack([number[graph, source], number[graph, target]]), "edge_weight": A[graph, source, target]}
     slices = {"edge_index": edge_slices, "edge_weight": edge_slices}
     no_shift = torch.zeros(num_graphs, dtype=torch.long)
@@ -205,13 +163,11 @@ def to_padded(x: Tensor, graph: Data) -> Tensor:
         >>> to_padded(torch.ones(3, 2), Data(num_nodes=3)).shape
         torch.Size([1, 3, 2])
     """
-    num_graphs, num_nodes, slot, _ = layout(graph)
-    expected = num_graphs * num_nodes if slot is None else slot.numel()
+    where = layout(graph)
+    expected = where.mask.numel() if where.slot is None else where.slot.numel()
     if x.dim() == 0 or x.size(0) != expected:
         raise ValueError(f"Expected one row for each of {expected} nodes (got {list(x.shape)})")
-    if slot is not None:
-        x = x.new_zeros(num_graphs * num_nodes, *x.shape[1:]).index_copy_(0, slot, x)
-    return x.reshape(num_graphs, num_nodes, *x.shape[1:])
+    return where.pad(x)
 
 
 def from_padded(x: Tensor, graph: Data) -> Tensor:
@@ -232,11 +188,10 @@ def from_padded(x: Tensor, graph: Data) -> Tensor:
         >>> from_padded(to_padded(torch.arange(3), graph), graph)
         tensor([0, 1, 2])
     """
-    num_graphs, num_nodes, slot, _ = layout(graph)
-    if x.shape[:2] != (num_graphs, num_nodes):
-        raise ValueError(f"Expected 'x' of shape [{num_graphs}, {num_nodes}, ...] (got {list(x.shape)})")
-    x = x.flatten(0, 1)
-    return x if slot is None else x[slot]
+    where = layout(graph)
+    if x.shape[:2] != where.mask.shape:
+        raise ValueError(f"Expected 'x' of shape [{where.num_graphs}, {where.num_nodes}, ...] (got {list(x.shape)})")
+    return where.compact(x)
 
 
 def padded_edges(graph: Data) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,24 +221,3 @@ def check_adjacency(A: Tensor, mask: Tensor | None) -> Tensor:
     if mask.shape != A.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"Expected a boolean 'mask' of shape {list(A.shape[:2])} (got {mask.dtype} of {list(mask.shape)})")
     return mask
-
-
-def _sizes_on_cpu(graph: Data) -> list[int] | None:
-    """Numbers of nodes from the slices that a batch keeps on the CPU; None where these are missing or out of date."""
-    if torch.compiler.is_compiling():  # what a builder makes there has graphs of one size
-        num_graphs, num_nodes = graph._num_graphs, graph["batch"].numel()
-        return [num_nodes // num_graphs] * num_graphs if num_graphs else []
-    slices = getattr(graph, "_slice_dict", None) or {}
-    sizes = next((slices[name].diff().tolist() for name in ("x", "pos", "pe", "factor") if name in slices), None)
-    if sizes is None:
-        sizes = graph._store.__dict__.get("_num_nodes")
-    return sizes if sizes is not None and sum(sizes) == graph["batch"].numel() else None
-
-
-def _device(graph: Data) -> torch.device:
-    return next((value.device for value in graph.to_dict().values() if isinstance(value, Tensor)), torch.device("cpu"))
-
-
-def _slices(sizes: Tensor) -> Tensor:
-    sizes = sizes.cpu()
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])

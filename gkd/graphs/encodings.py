@@ -10,10 +10,11 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
 from gkd.graphs.dense import from_padded, to_dense
-from gkd.graphs.heat import as_times, heat_kernel, heat_kernel_signature
-from gkd.graphs.laplacian import Normalization, connected, laplacian
+from gkd.graphs.heat import as_times, heat_diagonal, heat_kernel_signature
+from gkd.graphs.laplacian import Normalization, check_normalization, check_weights, connected, laplacian
 from gkd.graphs.precision import full_precision
-from gkd.graphs.spectral import Method, eigenmaps
+from gkd.graphs.similarity import power_of_two
+from gkd.graphs.spectral import Method, check_method, eigenmaps
 
 Sign = Literal["random", "abs"] | None
 
@@ -63,6 +64,8 @@ class LaplacianEncoding(nn.Module):
             raise ValueError(f"Expected 'num_eig' to be at least 1 (got {num_eig})")
         if sign not in ("random", "abs", None):
             raise ValueError(f"Expected 'sign' to be 'random', 'abs' or None (got {sign!r})")
+        check_method(method)
+        check_normalization(normalization)
         self.num_eig = num_eig
         self.normalization: Normalization = normalization
         self.method: Method = method
@@ -146,6 +149,8 @@ class HeatKernelEncoding(nn.Module):
         super().__init__()
         if num_eig is not None and num_eig < 1:
             raise ValueError(f"Expected 'num_eig' to be None or at least 1 (got {num_eig})")
+        check_method(method)
+        check_normalization(normalization)
         self.num_eig = num_eig
         self.times = as_times(times)
         self.normalization: Normalization = "sym" if normalization == "rw" else normalization
@@ -165,29 +170,6 @@ class HeatKernelEncoding(nn.Module):
         """Says what was asked for."""
         times = ", ".join(f"{time:g}" for time in self.times)
         return f"num_eig={self.num_eig}, times=({times}), normalization={self.normalization!r}, method={self.method!r}"
-
-
-def heat_diagonal(L: Tensor, times: Sequence[float], mask: Tensor | None = None, bound: float | None = 2.0) -> Tensor:
-    r"""Gives the diagonal of the heat kernel at several times, for one matrix product less than the kernel itself.
-
-    .. math:: (e^{-tL})_{ii} = \sum_j (e^{-tL/2})_{ij}^2
-
-    Args:
-        L: Symmetric Laplacians.
-        times: Diffusion times, not negative.
-        mask: True where a node exists.
-        bound: A number that no eigenvalue exceeds, see :func:`~gkd.graphs.heat.heat_kernel`.
-
-    Shapes:
-        - **L** [B, N, N], **mask** [B, N]; **output** [B, N, T]
-
-    Examples:
-        >>> heat_diagonal(torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]), [0.0, 64.0])
-        tensor([[[1.0000, 0.5000],
-                 [1.0000, 0.5000]]])
-    """
-    half = heat_kernel(L, [time / 2 for time in times], mask, bound)
-    return half.square().sum(dim=-1).mT
 
 
 class RandomWalkEncoding(nn.Module):
@@ -253,6 +235,8 @@ def return_probabilities(A: Tensor, walk_length: int) -> Tensor:
         tensor([[[0., 1.],
                  [0., 1.]]])
     """
+    check_weights(A)
+    A = A / power_of_two(A)  # a walk does not see a common factor
     degree = A.sum(dim=-1, keepdim=True)
     step = A / degree.where(connected(degree), torch.ones_like(degree))
     back = [step.diagonal(dim1=1, dim2=2)]
@@ -304,7 +288,8 @@ class AddEncoding(BaseTransform):
             raise ValueError(f"Expected an encoding of shape [{graph.num_nodes}, num_features] (got {list(pe.shape)})")
         if self.attr_name is None and graph.x is not None:
             x = graph.x if graph.x.dim() > 1 else graph.x.unsqueeze(-1)
-            graph.x = torch.cat([x, pe.to(x.dtype)], dim=-1)
+            dtype = x.dtype if x.is_floating_point() else pe.dtype
+            graph.x = torch.cat([x.to(dtype), pe.to(dtype)], dim=-1)
             return graph
         return add_node_attribute(graph, self.attr_name or "x", pe)
 

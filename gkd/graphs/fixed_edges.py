@@ -3,10 +3,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gkd.graphs.edges import NeighborEdges
+from gkd.graphs.cache import static_tensors
+from gkd.graphs.edge_index import Symmetrize
+from gkd.graphs.nearest import check_neighbors, neighbors, num_slots
 from gkd.graphs.nodes import Nodes
-from gkd.graphs.similarity import Metric
-from gkd.graphs.topology import Symmetrize, check_neighbors, neighbors, num_slots, static_tensors
+from gkd.graphs.similarity import Comparable, Metric
+from gkd.graphs.similarity_edges import NeighborEdges
 
 
 class GridEdges(NeighborEdges):
@@ -43,8 +45,9 @@ class GridEdges(NeighborEdges):
         """Number of neighbour slots of a node."""
         return self.neighbors
 
-    def choose(self, x: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def choose(self, rows: Comparable, nodes: Nodes) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The patches beside each."""
+        x = rows.x
         pos, (batch_size, num_nodes, _) = nodes.pos, x.shape
         if pos is None or nodes.mask is not None or pos.shape != (batch_size, num_nodes, 2):
             got = "padded nodes" if nodes.mask is not None else "no positions" if pos is None else f"positions {list(pos.shape)}"
@@ -114,8 +117,9 @@ class RandomEdges(NeighborEdges):
         """Number of neighbour slots of a node."""
         return num_slots(self.k, num_nodes - 1)
 
-    def choose(self, x: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def choose(self, rows: Comparable, nodes: Nodes) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """K other nodes of each."""
+        x = rows.x
         batch_size, num_nodes, _ = x.shape
         k = check_neighbors(self.k, num_nodes - 1, nodes.mask)
         if nodes.mask is None:

@@ -70,6 +70,29 @@ def heat_kernel(L: Tensor, times: Times, mask: Tensor | None = None, bound: floa
         return _exponentials(L, values, bound).masked_fill(~exists[:, None], 0.0)
 
 
+def heat_diagonal(L: Tensor, times: Times, mask: Tensor | None = None, bound: float | None = 2.0) -> Tensor:
+    r"""Gives the diagonal of the heat kernel at several times, for one matrix product less than the kernel itself.
+
+    .. math:: (e^{-tL})_{ii} = \sum_j (e^{-tL/2})_{ij}^2
+
+    Args:
+        L: Symmetric Laplacians.
+        times: Diffusion times, not negative.
+        mask: True where a node exists.
+        bound: A number that no eigenvalue exceeds, see :func:`~gkd.graphs.heat_kernel`.
+
+    Shapes:
+        - **L** [B, N, N], **mask** [B, N]; **output** [B, N, T]
+
+    Examples:
+        >>> heat_diagonal(torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]), [0.0, 64.0])
+        tensor([[[1.0000, 0.5000],
+                 [1.0000, 0.5000]]])
+    """
+    half = heat_kernel(L, [time / 2 for time in as_times(times)], mask, bound)
+    return half.square().sum(dim=-1).mT
+
+
 def heat_trace(graph: Tensor, times: Times, mask: Tensor | None = None, bound: float | None = 2.0) -> Tensor:
     r"""Computes the mean heat that stays where it started: a summary of the spectrum that compares graphs of different size.
 

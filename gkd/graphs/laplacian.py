@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import check_adjacency, layout, padded_edges, scatter_edges, to_dense
+from gkd.graphs.dense import check_adjacency, padded_edges, scatter_edges, to_dense
+from gkd.graphs.layout import layout
 from gkd.graphs.precision import as_float
+from gkd.graphs.similarity import power_of_two
 
 Normalization = Literal["sym", "rw"] | None
 
@@ -24,8 +26,7 @@ def laplacian(graph: Data | Tensor, normalization: Normalization = "sym", mask: 
     as they are, bit for bit. The two normalised Laplacians do not change when all the weights of a graph are scaled.
 
     Args:
-        graph: A graph, a batch of graphs, or padded adjacencies. Weights are not negative: a node whose weights
-            sum to less than zero counts as isolated.
+        graph: A graph, a batch of graphs, or padded adjacencies, whose weights are not negative.
         normalization: 'sym', 'rw', or None for :math:`D - A`.
         mask: True where a node exists, for padded adjacencies. Whatever else they hold has no influence.
 
@@ -36,7 +37,7 @@ def laplacian(graph: Data | Tensor, normalization: Normalization = "sym", mask: 
         Finite everywhere; zero at the weights between isolated nodes, where the normalised Laplacians jump.
 
     Raises:
-        ValueError: If the shapes disagree, the normalisation is unknown, or (checked on the CPU only) a weight is not finite.
+        ValueError: If the shapes disagree, the normalisation is unknown, or (checked on the CPU only) a weight is negative or not finite.
 
     Examples:
         >>> path = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
@@ -46,8 +47,7 @@ def laplacian(graph: Data | Tensor, normalization: Normalization = "sym", mask: 
                  [-1.,  2., -1.],
                  [ 0., -1.,  1.]]])
     """
-    if normalization not in ("sym", "rw", None):
-        raise ValueError(f"Expected 'normalization' to be 'sym', 'rw' or None (got {normalization!r})")
+    check_normalization(normalization)
     if isinstance(graph, Tensor):
         mask = check_adjacency(graph, mask)
         A = as_float(graph).masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
@@ -58,7 +58,9 @@ def laplacian(graph: Data | Tensor, normalization: Normalization = "sym", mask: 
             sparse = sparse_laplacian(graph, normalization)
             return sparse.to_dense(), sparse.mask
         A, mask = to_dense(graph)
-    check_finite(A, "edge weights")
+    check_weights(A)
+    if normalization is not None:  # which no common factor of the weights changes
+        A = A / power_of_two(A)
     A = (A + A.mT) / 2
     degree = A.sum(-1)
     if normalization is None:
@@ -78,6 +80,22 @@ def inverse_sqrt(degree: Tensor) -> Tensor:
     keep = connected(degree)
     # The inner `where` keeps the infinite slope out of the backward pass: 0 * inf would be NaN.
     return torch.where(keep, torch.where(keep, degree, 1.0).rsqrt(), 0.0)
+
+
+def check_normalization(normalization: str | None) -> None:
+    """Raises a ValueError for a normalisation that does not exist."""
+    if normalization not in ("sym", "rw", None):
+        raise ValueError(f"Expected 'normalization' to be 'sym', 'rw' or None (got {normalization!r})")
+
+
+def check_weights(weight: Tensor) -> None:
+    """Raises a ValueError for edge weights that are negative, NaN or infinite, on the CPU only."""
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or weight.numel() == 0:
+        return
+    least, most = (float(value) for value in torch.aminmax(weight.detach()))
+    if not 0 <= least <= most < math.inf:
+        bad = weight.detach()[~((weight >= 0) & weight.isfinite())].flatten()
+        raise ValueError(f"Expected finite edge weights that are not negative (got {bad.numel()} others, such as {float(bad[0]):g})")
 
 
 def check_finite(value: Tensor, name: str) -> None:
@@ -128,8 +146,10 @@ def sparse_laplacian(graph: Data, normalization: Normalization = "sym") -> Spars
     if normalization not in ("sym", None):
         raise ValueError(f"Expected 'normalization' to be 'sym' or None (got {normalization!r})")
     edge_index, edge_weight, mask = padded_edges(graph)
-    check_finite(edge_weight, "edge weights")
+    check_weights(edge_weight)
     source, target = edge_index
+    if normalization is not None:  # which no common factor of the weights of a graph changes
+        edge_weight = edge_weight / _unit_of_edges(edge_index, edge_weight, mask)
     degree = _edge_degree(edge_index, edge_weight, mask)
     if normalization is None:
         return SparseLaplacian(degree, edge_weight, edge_index, mask)
@@ -137,6 +157,13 @@ def sparse_laplacian(graph: Data, normalization: Normalization = "sym") -> Spars
     return SparseLaplacian(
         connected(degree).to(degree.dtype), edge_weight * (scale.index_select(0, source) * scale.index_select(0, target)), edge_index, mask
     )
+
+
+def _unit_of_edges(edge_index: Tensor, edge_weight: Tensor, mask: Tensor) -> Tensor:
+    """The power of two above the largest weight of the graph of every edge, as in :func:`power_of_two`."""
+    graph = torch.div(edge_index[0], max(mask.shape[1], 1), rounding_mode="floor")
+    largest = edge_weight.detach().new_zeros(mask.shape[0]).scatter_reduce(0, graph, edge_weight.detach(), "amax")
+    return power_of_two(largest[:, None], -1)[:, 0][graph]
 
 
 def node_degree(graph: Data) -> tuple[Tensor, Tensor]:

@@ -243,6 +243,17 @@ def check_features(features: Tensor, ranks: tuple[int, ...], shape: str) -> Tens
     return features
 
 
+def checked_rows(nodes: Nodes) -> Tensor:
+    """The rows x [B, n, d] in float32 or float64, zero where no node exists, so that nothing of the padding enters a result."""
+    x, _, mask = nodes
+    if x.dim() != 3:
+        raise ValueError(f"Expected nodes.x of shape [B, n, d] (got {list(x.shape)})")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(f"Expected nodes.mask of shape {list(x.shape[:2])} and type torch.bool (got {list(mask.shape)}, {mask.dtype})")
+    x = as_float(x)
+    return x if mask is None else torch.where(mask[:, :, None], x, 0.0)
+
+
 def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
     if grid is None or grid == tuple(features.shape[2:]):
         return features

@@ -1,22 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from gkd.graphs.dense import layout, to_dense, to_padded
-from gkd.graphs.edges import signed_weights
-from gkd.graphs.eigen import Gauge, exact_eigenmaps, lowrank_eigenmaps
-from gkd.graphs.heat import Times, heat_kernel, heat_kernel_signature, heat_trace
-from gkd.graphs.laplacian import Normalization, connected, is_sparse, laplacian, node_degree
-from gkd.graphs.subspace import subspace_eigenmaps
-
-__all__ = ["Spectrum", "eigengap", "eigenmaps", "heat_kernel", "heat_kernel_signature", "heat_trace"]
+from gkd.graphs.dense import to_dense, to_padded
+from gkd.graphs.eigen import Exact, Factored
+from gkd.graphs.heat import Times, as_times, heat_diagonal, heat_kernel, heat_trace
+from gkd.graphs.laplacian import Normalization, check_normalization, connected, inverse_sqrt, is_sparse, laplacian, node_degree
+from gkd.graphs.layout import layout
+from gkd.graphs.lowrank import LowRank
+from gkd.graphs.perturbation import Gauge
+from gkd.graphs.precision import full_precision
+from gkd.graphs.similarity_edges import signed_weights
+from gkd.graphs.subspace import Subspace
 
 Method = Literal["auto", "exact", "lowrank", "subspace"]
+# Node attributes that hold the factors of adjacencies with self-loops and without.
+FACTOR = {True: "factor", False: "loopless_factor"}
 _LARGE = 256  # nodes from which a sparse graph is cheaper by subspace iteration
 
 
@@ -85,42 +89,18 @@ def eigenmaps(
         >>> eigvec[0, :, 0].abs().round(decimals=3)  # (1, 0, -1) / sqrt(2), up to its sign
         tensor([0.7070, 0.0000, 0.7070])
     """
-    if method not in ("auto", "exact", "lowrank", "subspace"):
-        raise ValueError(f"Expected 'method' to be 'auto', 'exact', 'lowrank' or 'subspace' (got {method!r})")
+    check_method(method)
     if isinstance(graph, Tensor):
         if method == "lowrank":
             raise ValueError("Expected a graph with a node attribute 'factor' for method='lowrank' (got Laplacians)")
         if normalization == "rw":
             raise ValueError("Expected a graph for normalization='rw' (got Laplacians; these are taken as they are, and symmetric)")
         _check_symmetric(graph)
-        if method == "subspace":
-            return subspace_eigenmaps(graph, num_eig, mask, None, drop_trivial, gauge, damping, init, tolerance, max_iter)
-        return exact_eigenmaps(graph, num_eig, mask, drop_trivial, gauge, damping)
-
+        solver = Subspace(graph, mask, None, init, tolerance, max_iter) if method == "subspace" else Exact(graph, mask)
+        return solver.lowest(num_eig, drop_trivial, gauge, damping)
     if mask is not None:
         raise ValueError("Expected 'mask' with Laplacians only (got one beside a graph, which has its own)")
-    method = choose_method(graph, num_eig, normalization) if method == "auto" else method
-    symmetric = "sym" if normalization == "rw" else normalization
-    if method == "lowrank":
-        if graph.get("factor") is None or symmetric is None:
-            raise ValueError(f"Expected a node attribute 'factor' and a normalised Laplacian for method='lowrank' (got {graph})")
-        mask = layout(graph).mask
-        eigval, eigvec = lowrank_eigenmaps(to_padded(graph.factor, graph), num_eig, mask, drop_trivial, gauge, damping)
-    elif method == "subspace":
-        eigval, eigvec = subspace_eigenmaps(graph, num_eig, None, symmetric, drop_trivial, gauge, damping, init, tolerance, max_iter)
-    else:
-        L, mask = laplacian(graph, symmetric)
-        eigval, eigvec = exact_eigenmaps(L, num_eig, mask, drop_trivial, gauge, damping, symmetric=True)
-    return eigval, _random_walk_vectors(graph, eigvec) if normalization == "rw" else eigvec
-
-
-def choose_method(graph: Data, num_eig: int, normalization: Normalization = "sym") -> Method:
-    """Says which method ``method='auto'`` stands for, from shapes alone."""
-    factor = graph.get("factor")
-    num_nodes = layout(graph).num_nodes
-    if factor is not None and normalization is not None and num_eig < factor.size(1) < num_nodes:
-        return "lowrank"
-    return "subspace" if num_nodes >= _LARGE and num_eig * 16 <= num_nodes and is_sparse(graph) else "exact"
+    return Spectrum(graph, normalization, method, damping, Iteration(init, tolerance, max_iter)).eigenmaps(num_eig, drop_trivial, gauge)
 
 
 def eigengap(eigval: Tensor, min_eig: int = 1, max_eig: int | None = None) -> tuple[Tensor, Tensor]:
@@ -158,14 +138,36 @@ def eigengap(eigval: Tensor, min_eig: int = 1, max_eig: int | None = None) -> tu
     return index + min_eig, gap
 
 
+class Solver(Protocol):
+    """What every method is, once it has looked at the graphs."""
+
+    def lowest(
+        self, num_eig: int = 8, drop_trivial: bool = True, gauge: Gauge = "eigenspace", damping: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns eigenvalues [B, num_eig] and eigenvectors [B, N, num_eig]."""
+
+
+class Iteration(NamedTuple):
+    """Options of the method 'subspace'."""
+
+    init: Tensor | None = None
+    tolerance: float | None = None
+    max_iter: int = 60
+
+
 class Spectrum:
-    """A lazy view of one graph, or batch, that computes its adjacency, Laplacian and eigenpairs once for all who ask.
+    """A lazy view of one graph, or batch, that computes whatever is asked for once for all who ask.
+
+    Losses take two of them. Where :attr:`lowrank` is not None, the adjacency is known by a factor, and whoever uses :meth:`propagate`,
+    :meth:`laplacian_product`, :meth:`squared_distance`, :attr:`degree` and :meth:`eigenmaps` instead of :attr:`adjacency` and
+    :attr:`laplacian` never writes down an n x n matrix. All pairs of a method come from one decomposition.
 
     Args:
         graph: A graph or a batch of graphs. It must not change while the view is in use.
-        normalization: As in :func:`~gkd.graphs.laplacian.laplacian`.
+        normalization: As in :func:`~gkd.graphs.laplacian`.
         method: As in :func:`eigenmaps`.
         damping: As in :func:`eigenmaps`.
+        iteration: Options of the method 'subspace'.
         edges: What weighed the edges, such as :class:`~gkd.graphs.KNNEdges`; None if it is not known.
 
     Examples:
@@ -173,7 +175,7 @@ class Spectrum:
         >>> spectrum = Spectrum.of(graph)
         >>> spectrum.eigenmaps(num_eig=1)[0]
         tensor([[2.]])
-        >>> spectrum.eigenmaps(num_eig=1)[0] is spectrum.eigenmaps(num_eig=1)[0]
+        >>> spectrum.laplacian is spectrum.laplacian
         True
     """
 
@@ -183,25 +185,44 @@ class Spectrum:
         normalization: Normalization = "sym",
         method: Method = "auto",
         damping: float | None = None,
+        iteration: Iteration | None = None,
         edges: nn.Module | None = None,
     ) -> None:
-        self.graph = graph
-        self.edges = edges
+        check_method(method)
+        check_normalization(normalization)
         self.normalization = normalization
         self.method = method
         self.damping = damping
-        self._known: dict[Hashable, Any] = {}
+        self.iteration = Iteration() if iteration is None else iteration
+        self.edges = edges
+        self._make: Callable[[], Data] = lambda: graph
+        self._known: dict[Hashable, Any] = {"graph": graph}
 
     @classmethod
     def of(cls, graph: Data | Spectrum) -> Spectrum:
         """Returns a view as it is and wraps a graph."""
         return graph if isinstance(graph, Spectrum) else cls(graph)
 
+    @classmethod
+    def of_lowrank(cls, make: Callable[[], Data], x: Tensor, mask: Tensor, lowrank: LowRank, edges: nn.Module | None = None) -> Spectrum:
+        """Makes a view of graphs that are known by their factor, with nodes x [B, N, d]; ``make`` builds the batch if it is asked for."""
+        spectrum = cls.__new__(cls)
+        spectrum.normalization, spectrum.method, spectrum.damping, spectrum.iteration = "sym", "auto", None, Iteration()
+        spectrum.edges, spectrum._make = edges, make
+        spectrum._known = {"x": x, "mask": mask, "lowrank": lowrank}
+        return spectrum
+
     @property
-    def adjacency(self) -> Tensor:
-        """Padded adjacencies, ``[B, N, N]``."""
-        adjacency: Tensor = self._once("adjacency", lambda: to_dense(self.graph)[0])
-        return adjacency
+    def graph(self) -> Data:
+        """The graph or batch."""
+        graph: Data = self._once("graph", self._make)
+        return graph
+
+    @property
+    def x(self) -> Tensor:
+        """Padded features of the nodes, ``[B, N, d]``."""
+        x: Tensor = self._once("x", lambda: to_padded(self.graph.x, self.graph))
+        return x
 
     @property
     def mask(self) -> Tensor:
@@ -210,16 +231,74 @@ class Spectrum:
         return mask
 
     @property
+    def lowrank(self) -> LowRank | None:
+        """The adjacencies by a factor of fewer columns than nodes, padded; None where there is none."""
+        lowrank: LowRank | None = self._once("lowrank", lambda: lowrank_of(self.graph))
+        return lowrank if lowrank is not None and lowrank.factor.shape[2] < self.mask.shape[1] else None
+
+    @property
+    def adjacency(self) -> Tensor:
+        """Padded adjacencies, ``[B, N, N]``."""
+        A: Tensor = self._once("adjacency", self._adjacency)
+        return A
+
+    @property
     def signed_weight(self) -> Tensor:
         """Edge weights ``[E]`` before cosines are clipped at 0; where nothing is known to be clipped, the weights."""
         weight: Tensor = self._once("signed_weight", lambda: signed_weights(self.graph, self.edges))
         return weight
 
     @property
+    def degree(self) -> Tensor:
+        """Weight at every node, half from each direction, ``[B, N]``."""
+        lowrank = self.lowrank
+        degree: Tensor = self._once("degree", (lambda: node_degree(self.graph)[0]) if lowrank is None else lowrank.degree)
+        return degree
+
+    @property
     def laplacian(self) -> Tensor:
         """Padded Laplacians, ``[B, N, N]``."""
-        L: Tensor = self._once("laplacian", lambda: laplacian(self.graph, self.normalization)[0])
+        L: Tensor = self._once("laplacian", self._laplacian)
         return L
+
+    def propagate(self, X: Tensor) -> Tensor:
+        r"""Lets every node hear its neighbours, :math:`A^\top X`, by the factor where there is one.
+
+        Shapes:
+            - **X** [B, N, q]; **output** [B, N, q]
+        """
+        lowrank = self.lowrank
+        if lowrank is not None:
+            return lowrank.multiply(X)
+        with full_precision(X):
+            return self.adjacency.mT @ X
+
+    def laplacian_product(self, X: Tensor) -> Tensor:
+        r"""Computes :math:`L X`, by the factor where there is one.
+
+        Shapes:
+            - **X** [B, N, q]; **output** [B, N, q]
+        """
+        lowrank = self.lowrank
+        with full_precision(X):
+            if lowrank is None:
+                return self.laplacian @ X
+            if self.normalization is None:
+                return self.degree[:, :, None] * X - lowrank.multiply(X)
+            scale = self._once("scale", lambda: inverse_sqrt(self.degree))[:, :, None]
+            product = scale.square() * lowrank.multiply(X) if self.normalization == "rw" else scale * lowrank.multiply(scale * X)
+            return connected(self.degree)[:, :, None] * X - product
+
+    def squared_distance(self, spectrum: Spectrum) -> Tensor:
+        r"""Computes :math:`\| A_s - A_t \|_F^2` of graphs of equally many nodes, from their factors where both have one.
+
+        Shapes:
+            - **output** [B]
+        """
+        own, goal = self.lowrank, spectrum.lowrank
+        if own is not None and goal is not None and own.self_loops == goal.self_loops:
+            return own.squared_distance(goal)
+        return (self.adjacency - spectrum.adjacency).square().sum(dim=(1, 2))
 
     def eigenmaps(self, num_eig: int = 8, drop_trivial: bool = True, gauge: Gauge = "eigenspace") -> tuple[Tensor, Tensor]:
         """Returns eigenvalues ``[B, num_eig]`` and eigenvectors ``[B, N, num_eig]``; see :func:`eigenmaps`."""
@@ -227,16 +306,31 @@ class Spectrum:
         return pairs
 
     def heat_kernel(self, times: Times) -> Tensor:
-        """Returns the heat kernels ``[B, T, N, N]``; see :func:`~gkd.graphs.heat.heat_kernel`."""
-        return heat_kernel(self.laplacian, times, self.mask, self._bound)
+        """Returns the heat kernels ``[B, T, N, N]``; see :func:`~gkd.graphs.heat_kernel`."""
+        return self._heat(heat_kernel, times)
+
+    def heat_diagonal(self, times: Times) -> Tensor:
+        """Returns the diagonals of the heat kernels ``[B, N, T]``; see :func:`~gkd.graphs.heat_diagonal`."""
+        return self._heat(heat_diagonal, times)
 
     def heat_trace(self, times: Times) -> Tensor:
-        """Returns the heat traces ``[B, T]``; see :func:`~gkd.graphs.heat.heat_trace`."""
-        return heat_trace(self.laplacian, times, self.mask, self._bound)
+        """Returns the heat traces ``[B, T]``; see :func:`~gkd.graphs.heat_trace`."""
+        return self._heat(heat_trace, times)
 
-    @property
-    def _bound(self) -> float | None:
-        return None if self.normalization is None else 2.0
+    def choose_method(self, num_eig: int) -> Method:
+        """Says which method ``method='auto'`` stands for, from shapes alone."""
+        num_nodes, lowrank = self.mask.shape[1], self.lowrank
+        fits = lowrank is not None and self.normalization is not None and num_eig < lowrank.factor.shape[2]
+        if fits and lowrank is not None and (lowrank.self_loops or num_nodes >= _LARGE):
+            return "lowrank"
+        large = num_nodes >= _LARGE and num_eig * 16 <= num_nodes
+        return "subspace" if large and lowrank is None and is_sparse(self.graph) else "exact"
+
+    def _heat(self, heat: Callable[..., Tensor], times: Times) -> Tensor:
+        values = tuple(as_times(times))
+        bound = None if self.normalization is None else 2.0
+        result: Tensor = self._once((heat, values), lambda: heat(self.laplacian, values, self.mask, bound))
+        return result
 
     def _once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
         # functools.cached_property has a lock up to Python 3.11, which torch.compile cannot follow.
@@ -244,25 +338,55 @@ class Spectrum:
             self._known[name] = compute()
         return self._known[name]
 
+    def _adjacency(self) -> Tensor:
+        lowrank = None if "graph" in self._known else self.lowrank
+        return to_dense(self.graph)[0] if lowrank is None else lowrank.dense()
+
+    def _laplacian(self) -> Tensor:
+        if "graph" in self._known:
+            return laplacian(self.graph, self.normalization)[0]
+        return laplacian(self.adjacency, self.normalization, self.mask)[0]
+
     def _solve(self, num_eig: int, drop_trivial: bool, gauge: Gauge) -> tuple[Tensor, Tensor]:
-        method = choose_method(self.graph, num_eig, self.normalization) if self.method == "auto" else self.method
-        if method == "exact" and self.normalization != "rw":
-            return exact_eigenmaps(self.laplacian, num_eig, self.mask, drop_trivial, gauge, self.damping, symmetric=True)
-        return eigenmaps(
-            self.graph,
-            num_eig,
-            method=method,
-            normalization=self.normalization,
-            drop_trivial=drop_trivial,
-            gauge=gauge,
-            damping=self.damping,
-        )
+        method = self.method
+        if method == "auto":
+            method = "exact" if ("solver", "exact") in self._known else self.choose_method(num_eig)
+        solver: Solver = self._once(("solver", method), lambda: self._solver(method))
+        eigval, eigvec = solver.lowest(num_eig, drop_trivial, gauge, self.damping)
+        if self.normalization != "rw":
+            return eigval, eigvec
+        keep = connected(self.degree)
+        return eigval, eigvec * torch.where(keep, torch.where(keep, self.degree, 1.0).rsqrt(), 1.0)[:, :, None]
+
+    def _solver(self, method: Method) -> Solver:
+        symmetric: Normalization = "sym" if self.normalization == "rw" else self.normalization
+        if method == "lowrank":
+            lowrank: LowRank | None = self._once("lowrank", lambda: lowrank_of(self.graph))
+            if lowrank is None or symmetric is None:
+                raise ValueError(
+                    f"Expected a node attribute 'factor' and a normalised Laplacian for method='lowrank' (got {self.graph}, "
+                    f"normalization={self.normalization!r})"
+                )
+            return Factored(lowrank.factor, self.mask) if lowrank.self_loops else Subspace(lowrank, self.mask, "sym", *self.iteration)
+        if method == "subspace":
+            return Subspace(self.graph, None, symmetric, *self.iteration)
+        L = self.laplacian if self.normalization == symmetric else laplacian(self.graph, symmetric)[0]
+        return Exact(L, self.mask, symmetric=True)
 
 
-def _random_walk_vectors(graph: Data, eigvec: Tensor) -> Tensor:
-    degree, _ = node_degree(graph)
-    keep = connected(degree)
-    return eigvec * torch.where(keep, torch.where(keep, degree, 1.0).rsqrt(), 1.0)[:, :, None]
+def lowrank_of(graph: Data) -> LowRank | None:
+    """Reads the factor of a graph's adjacency, where it is a node attribute ``factor`` or, without self-loops, ``loopless_factor``."""
+    for self_loops, name in FACTOR.items():
+        factor = graph.get(name)
+        if factor is not None:
+            return LowRank(to_padded(factor, graph), self_loops)
+    return None
+
+
+def check_method(method: str) -> None:
+    """Raises a ValueError for a method that does not exist."""
+    if method not in ("auto", "exact", "lowrank", "subspace"):
+        raise ValueError(f"Expected 'method' to be 'auto', 'exact', 'lowrank' or 'subspace' (got {method!r})")
 
 
 def _check_symmetric(L: Tensor) -> None:

@@ -9,8 +9,8 @@ from torch_geometric.data import Batch
 
 from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder, build_batch, build_on, encode, prune
+from gkd.graphs.edge_index import Edges
 from gkd.graphs.nodes import Nodes
-from gkd.graphs.topology import Edges
 
 
 class StageGraph(nn.Module):
@@ -30,7 +30,6 @@ class StageGraph(nn.Module):
         projections: A module for each stage that maps its rows [B, n, d] to the common length; None: rows as they are.
         pairs: 'adjacent' joins each stage with the next, 'all' every two.
         encoding: Called with the batch, all stages in it; what it returns becomes ``pe`` [N, t].
-        prune: Drops the edges of weight 0.
 
     Shapes:
         - **features** {stage: what its node class takes}; **output**: ``x`` [N, d], ``stage`` [N] long, ``edge_index`` [2, E],
@@ -56,7 +55,6 @@ class StageGraph(nn.Module):
         projections: Mapping[str, nn.Module] | None = None,
         pairs: Literal["adjacent", "all"] = "adjacent",
         encoding: nn.Module | None = None,
-        prune: bool = False,
     ) -> None:
         super().__init__()
         if not builders:
@@ -82,16 +80,18 @@ class StageGraph(nn.Module):
         last = len(self.stages)
         self.pairs = tuple((a, b) for a in range(last) for b in range(a + 1, last if pairs == "all" else min(a + 2, last)))
         self.encoding = encoding
-        self.prune = prune
 
-    def forward(self, features: Mapping[str, Tensor], *node_args: Any, edge_index: Tensor | Batch | None = None) -> Batch:
+    def forward(
+        self, features: Mapping[str, Tensor], *node_args: Any, topology: Tensor | Batch | None = None, static: bool = False
+    ) -> Batch:
         """Builds the graphs.
 
         Args:
             features: Features of every stage.
             *node_args: What else the node classes take, such as boxes.
-            edge_index: Another network's stage graph, or its ``edge_index``, whose topology is used, as in
+            topology: Another network's stage graph, or its ``edge_index``, as in
                 :meth:`GraphBuilder.forward <gkd.graphs.GraphBuilder.forward>`.
+            static: Keep slots without an edge, as there.
         """
         if set(features) != set(self.stages):
             raise ValueError(f"Expected features of the stages {list(self.stages)} (got {list(features)})")
@@ -104,11 +104,11 @@ class StageGraph(nn.Module):
         nodes = _joined(projected)
         stage = torch.cat([torch.full((x.shape[1],), i, device=x.device) for i, x in enumerate(rows)])
         attributes = {"stage": stage.expand(nodes.x.shape[0], -1)}
-        if edge_index is None:
-            graph = build_batch(nodes, self._own_edges(parts, projected, nodes.x.shape[1]), **attributes)
-            graph = prune(graph) if self.prune and nodes.mask is None else graph
+        if topology is not None:
+            graph = build_on(nodes, lambda _, index: self._given_edges(parts, projected, index), topology, **attributes)
         else:
-            graph = build_on(nodes, lambda _, index: self._given_edges(parts, projected, index), edge_index, **attributes)
+            graph = build_batch(nodes, self._own_edges(parts, projected, nodes.x.shape[1]), **attributes)
+            graph = graph if static or nodes.mask is not None else prune(graph)
         return encode(graph, self.encoding)
 
     @property

@@ -2,29 +2,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch_geometric.data import Data
 
 from gkd.graphs.dense import check_adjacency
-from gkd.graphs.eigen import (
-    Gauge,
-    check_options,
-    damping_of,
-    decompose,
-    exact_eigenmaps,
-    inverse_gaps,
-    keep,
-    rounding,
-    symmetric_product,
-)
-from gkd.graphs.laplacian import Normalization, check_finite, sparse_laplacian
-from gkd.graphs.precision import as_float, backward_in_full_precision, full_precision
-from gkd.graphs.rows import Rows, sort_rows
+from gkd.graphs.eigen import Exact, unit_vectors, zero_rows
+from gkd.graphs.laplacian import Normalization, check_finite, connected, inverse_sqrt, laplacian, sparse_laplacian
+from gkd.graphs.lowrank import LowRank
+from gkd.graphs.operators import DenseOperator, FactorOperator, Operator, SparseOperator, noise
+from gkd.graphs.perturbation import Gauge, check_options, damping_of, decompose, first_order, inverse_gaps, keep, rounding
+from gkd.graphs.precision import as_float, full_precision
+from gkd.graphs.similarity import power_of_two
 
 _SPARE = 8  # vectors beyond the wanted ones; they set the pace of convergence
 # How much more the lowest vector may grow than the highest before the random vectors of the start are made orthonormal. What comes after
@@ -45,42 +36,30 @@ class Block(NamedTuple):
     """Number of zero eigenvalues, ``[B]``."""
     tolerance: Tensor
     """Eigenvalues that are no farther apart are one, ``[B]``."""
+    wanted: int
+    """Number of pairs above the kernel that are exact."""
 
 
-def subspace_eigenmaps(
-    graph: Data | Tensor,
-    num_eig: int = 8,
-    mask: Tensor | None = None,
-    normalization: Normalization = "sym",
-    drop_trivial: bool = True,
-    gauge: Gauge = "eigenspace",
-    damping: float | None = None,
-    init: Tensor | None = None,
-    tolerance: float | None = None,
-    max_iter: int = 60,
-) -> tuple[Tensor, Tensor]:
+class Subspace:
     """Finds the lowest eigenpairs of large graphs by Chebyshev-filtered subspace iteration.
 
     A block of vectors is multiplied by a polynomial of the Laplacian that is small on the unwanted part of the spectrum, and made
     orthonormal again, until the wanted pairs satisfy the eigenvalue equation. A graph costs its edges times the block, not its
-    nodes cubed. The block holds the whole kernel, the wanted pairs and a few more; it grows when a graph turns out to have more
-    components than fit, and once it would take a third of the nodes the exact method takes over. The start is deterministic. The
-    backward pass solves for the part of the gradient outside the block by conjugate gradients.
+    nodes cubed; one that is known by a factor, twice its nodes times the columns of this times the block. The block holds the whole kernel,
+    the wanted pairs and a few more; it grows when a graph turns out to have more components than fit, and once it would take a third of the
+    nodes the exact method takes over. Isolated nodes are set apart. The start is deterministic. Fewer pairs than before come from the same
+    block. The backward pass solves for the part of the gradient outside the block by conjugate gradients.
 
     Args:
-        graph: A graph or a batch of graphs, whose edges stay sparse, or Laplacians.
-        num_eig: Number Q of pairs.
-        mask: True where a node exists, for Laplacians.
+        graph: A graph or a batch of graphs, whose edges stay sparse, Laplacians, or adjacencies by their factor.
+        mask: True where a node exists, for Laplacians and factors.
         normalization: 'sym' or None, for graphs.
-        drop_trivial: As in :func:`~gkd.graphs.spectral.eigenmaps`.
-        gauge: As in :func:`~gkd.graphs.spectral.eigenmaps`.
-        damping: As in :func:`~gkd.graphs.spectral.eigenmaps`.
         init: Vectors to start from, such as the eigenvectors of the last step; any number of columns, zero columns too.
         tolerance: Largest norm of :math:`L u - \\lambda u` in units of the largest eigenvalue; None: 1e-5 in float32, 1e-9 in float64.
         max_iter: Number of filter rounds after which the pairs are taken as they are, with a warning.
 
     Shapes:
-        - **graph** as Laplacians [B, N, N], **mask** [B, N], **init** [B, N, any]; **output** eigval [B, Q], eigvec [B, N, Q]
+        - **graph** as Laplacians [B, N, N], **mask** [B, N], **init** [B, N, any]
 
     Raises:
         ValueError: If the shapes disagree, or (checked on the CPU only) a value is not finite.
@@ -89,66 +68,95 @@ def subspace_eigenmaps(
         Zhou, Saad, Tiago, Chelikowsky: Self-Consistent-Field Calculations Using Chebyshev-Filtered Subspace Iteration,
         J. Comput. Phys. 2006.
     """
-    check_options(num_eig, gauge, damping)
-    if isinstance(graph, Tensor):
-        mask = check_adjacency(graph, mask)
-        value = as_float(graph).masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0.0)
-        check_finite(value, "Laplacian")
-        value = (value + value.mT) / 2
-        diagonal, edge_index = value.diagonal(dim1=1, dim2=2), None
-    else:
-        sparse = sparse_laplacian(graph, normalization)
-        diagonal, value, edge_index, mask = sparse
-    if init is not None and init.shape[:2] != mask.shape:
-        raise ValueError(f"Expected 'init' of shape {[*mask.shape, 'any']} (got {list(init.shape)})")
-    num_graphs, num_nodes = mask.shape
-    if mask.numel() == 0:
-        return value.new_zeros(num_graphs, num_eig), value.new_zeros(num_graphs, num_nodes, num_eig)
-    with full_precision(value), torch.no_grad():
-        operator = Operator(diagonal.detach(), value.detach(), edge_index, mask)
-        block = _iterate(operator, num_eig, init, tolerance, max_iter)
-    if block is None:
-        L = value if edge_index is None else sparse.to_dense()
-        return exact_eigenmaps(L, num_eig, mask, drop_trivial, gauge, damping, symmetric=True)
-    with full_precision(value):
-        return _Attach.apply(diagonal, value, operator, block, num_eig, drop_trivial, gauge, damping)
 
-
-class Operator:
-    """Multiplies blocks of vectors by the Laplacians; nodes that do not exist are moved above the spectrum.
-
-    It works in float64 on a GPU, which may be set to multiply float32 with ten bits only.
-    """
-
-    def __init__(self, diagonal: Tensor, value: Tensor, edge_index: Tensor | None, mask: Tensor) -> None:
-        dtype = torch.float64 if value.is_cuda else value.dtype
-        diagonal, value = diagonal.to(dtype), value.to(dtype)
-        self.mask, self.edge_index, self.dtype = mask, edge_index, dtype
-        # No eigenvalue of a Laplacian exceeds twice its largest diagonal entry.
-        largest = diagonal.amax(1)
-        self.scale = 2 * torch.where(largest > 0, largest, 1.0)
-        self.bound = float(self.scale.max()) * (1.02 if bool(mask.all()) else 1.3)
-        shift = (1.25 * self.scale)[:, None] * ~mask
-        if edge_index is None:
-            self.matrix = value + torch.diag_embed(shift)
+    def __init__(
+        self,
+        graph: Data | Tensor | LowRank,
+        mask: Tensor | None = None,
+        normalization: Normalization = "sym",
+        init: Tensor | None = None,
+        tolerance: float | None = None,
+        max_iter: int = 60,
+    ) -> None:
+        self.graph, self.normalization, self.init, self.tolerance, self.max_iter = graph, normalization, init, tolerance, max_iter
+        self.edge_index: Tensor | None = None
+        if isinstance(graph, LowRank):
+            self.mask = torch.ones_like(graph.factor[:, :, 0], dtype=torch.bool) if mask is None else mask
+            self._take_factor(graph)
+        elif isinstance(graph, Tensor):
+            self.mask = check_adjacency(graph, mask)
+            value = as_float(graph).masked_fill(~(self.mask[:, :, None] & self.mask[:, None, :]), 0.0)
+            check_finite(value, "Laplacian")
+            self.unit = power_of_two(value)[:, :, 0]
+            value = value / self.unit[:, :, None]
+            self.value = (value + value.mT) / 2
+            self.diagonal = self.value.diagonal(dim1=1, dim2=2)
+            self.isolated = self.mask & zero_rows(self.value.detach())
         else:
-            self.rows = _rows(diagonal + shift, value, edge_index)
+            self.diagonal, self.value, self.edge_index, self.mask = sparse_laplacian(graph, normalization)
+            self.unit = power_of_two(self.diagonal, -1)
+            if normalization is None:
+                self.diagonal = self.diagonal / self.unit
+                self.value = self.value / self.unit.expand_as(self.mask).flatten()[self.edge_index[0]]
+            else:
+                self.unit = torch.ones_like(self.unit)
+            self.isolated = self.mask & (self.diagonal.detach() == 0)
+        if init is not None and init.shape[:2] != self.mask.shape:
+            raise ValueError(f"Expected 'init' of shape {[*self.mask.shape, 'any']} (got {list(init.shape)})")
+        self.operator: Operator | None = None
+        self.block: Block | None = None
+        self.exact: Exact | None = None
 
-    def __call__(self, X: Tensor) -> Tensor:
-        """Computes L X."""
-        if self.edge_index is None:
-            return self.matrix @ X
-        return self.rows.multiply(X.flatten(0, 1)).view_as(X)
+    def lowest(
+        self, num_eig: int = 8, drop_trivial: bool = True, gauge: Gauge = "eigenspace", damping: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the lowest pairs, as :func:`~gkd.graphs.eigenmaps` explains: eigval [B, num_eig], eigvec [B, N, num_eig]."""
+        check_options(num_eig, gauge, damping)
+        num_graphs, num_nodes = self.mask.shape
+        if self.mask.numel() == 0:
+            return self.value.new_zeros(num_graphs, num_eig), self.value.new_zeros(num_graphs, num_nodes, num_eig)
+        if self.exact is None and (self.block is None or self.block.wanted < num_eig):
+            self._iterate(num_eig)
+        if self.exact is not None:
+            return self.exact.lowest(num_eig, drop_trivial, gauge, damping)
+        with full_precision(self.value):
+            options = self.isolated, num_eig, drop_trivial, gauge, damping
+            eigval, eigvec = _Attach.apply(self.diagonal, self.value, self.operator, self.block, *options)
+            return eigval * self.unit, eigvec if drop_trivial else eigvec + unit_vectors(self.isolated, num_eig)
 
-    def recurrence(self, centre: float, half: float) -> Callable[[Tensor, Tensor], Tensor]:
-        """Makes a function that computes ``2 / half * (L - centre) X - before`` in hardly more than one product; may overwrite before."""
-        slope = 2 / half
-        if self.edge_index is None:
-            return lambda before, X: before.baddbmm_(self.matrix, X, beta=-1, alpha=slope).add_(X, alpha=-slope * centre)
-        value = slope * self.rows.value
-        value[self.rows.offset[:-1]] -= slope * centre  # every row begins with its diagonal entry
-        rows = self.rows._replace(value=value)
-        return lambda before, X: rows.multiply(X.flatten(0, 1)).view_as(X).sub_(before)
+    def _take_factor(self, lowrank: LowRank) -> None:
+        r"""Writes :math:`L = I - G G^\top`, without self-loops plus :math:`\operatorname{diag}(|g_i|^2)`, with :math:`G = D^{-1/2} F`."""
+        factor = as_float(lowrank.factor).masked_fill(~self.mask[:, :, None], 0.0)
+        check_finite(factor, "factor")
+        lowrank = LowRank(factor / power_of_two(factor), lowrank.self_loops)
+        with full_precision(factor):
+            degree = lowrank.degree()
+            reached = connected(degree)
+            self.value = lowrank.factor * inverse_sqrt(degree)[:, :, None]
+            loops = torch.zeros_like(degree) if lowrank.self_loops else self.value.square().sum(-1)
+            self.diagonal = reached + loops
+        self.isolated = self.mask & ~reached
+        self.unit = torch.ones_like(degree[:, :1])
+
+    def _iterate(self, num_eig: int) -> None:
+        with full_precision(self.value), torch.no_grad():
+            if self.operator is None:
+                self.operator = self._operator()
+            self.block = _iterate(self.operator, num_eig, self.init, self.tolerance, self.max_iter)
+        if self.block is None:
+            graph = self.graph
+            if isinstance(graph, LowRank):
+                self.exact = Exact(*laplacian(as_float(graph.dense()), "sym", self.mask), symmetric=True)
+            elif isinstance(graph, Tensor):
+                self.exact = Exact(graph, self.mask)
+            else:
+                self.exact = Exact(*laplacian(graph, self.normalization), symmetric=True)
+
+    def _operator(self) -> Operator:
+        diagonal, value, mask = self.diagonal.detach(), self.value.detach(), self.mask & ~self.isolated
+        if isinstance(self.graph, LowRank):
+            return FactorOperator(diagonal, value, mask)
+        return DenseOperator(value, mask) if self.edge_index is None else SparseOperator(diagonal, value, self.edge_index, mask)
 
 
 def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: float | None, max_iter: int) -> Block | None:
@@ -161,9 +169,10 @@ def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: f
     growth = _GROWTH[operator.dtype]
     if 3 * size > num_nodes:
         return None
-    X = _widen(operator.mask.new_zeros(*operator.mask.shape, 0) if init is None else init, size, operator)
+    init = operator.start(size) if init is None else init
+    X = _widen(init, size, operator)
     lower = operator.bound / 3  # a fair guess as long as nothing is known
-    if init is None:
+    if init.size(2) == 0:
         X = _filter(operator, X, operator(X), lower, _largest_degree(operator, lower, growth))
     for step in range(max_iter + 1):
         X, LX, eigval = _rayleigh_ritz(operator, X)
@@ -176,10 +185,10 @@ def _iterate(operator: Operator, num_eig: int, init: Tensor | None, tolerance: f
             size = largest + max(_SPARE, size // 2)
             excess = excess.clamp(min=2.0)
         elif worst <= 1:
-            return Block(eigval, X, kernel, zero)
+            return Block(eigval, X, kernel, zero, num_eig)
         elif step == max_iter:
             warnings.warn(f"Subspace iteration stopped after {max_iter} rounds, {worst:.3g} times its tolerance off", stacklevel=4)
-            return Block(eigval, X, kernel, zero)
+            return Block(eigval, X, kernel, zero, num_eig)
         if 3 * size > num_nodes:
             return None
         lower, degree = _next_filter(operator, eigval, wanted, excess, lower / 10, growth**2)
@@ -193,13 +202,9 @@ def _widen(X: Tensor, size: int, operator: Operator) -> Tensor:
     """Fills a block up to its size with random vectors, the same ones every time, and puts these in place of zero columns too."""
     X = X[:, :, :size].to(operator.dtype)
     used, (num_graphs, num_nodes) = X.size(2), operator.mask.shape
-    noise = _noise(num_nodes, size, X).expand(num_graphs, -1, -1)
-    X = torch.where(X.norm(dim=1, keepdim=True) > 0, X, noise[:, :, :used])
-    return torch.cat([X, noise[:, :, used:]], 2) * operator.mask[:, :, None]
-
-
-def _noise(num_nodes: int, size: int, like: Tensor) -> Tensor:
-    return torch.randn(num_nodes, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    random = noise(num_nodes, size, X).expand(num_graphs, -1, -1)
+    X = torch.where(X.norm(dim=1, keepdim=True) > 0, X, random[:, :, :used])
+    return torch.cat([X, random[:, :, used:]], 2) * operator.mask[:, :, None]
 
 
 def _rayleigh_ritz(operator: Operator, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,28 +251,6 @@ def _columns(value: Tensor) -> Tensor:
     return value[:, None, None]
 
 
-def _rows(diagonal: Tensor, value: Tensor, edge_index: Tensor) -> Rows:
-    """Writes diag(diagonal) - (S + S^T) / 2 as one sparse matrix over the nodes of all the graphs, the diagonal entry first in each row."""
-    size = diagonal.numel()
-    node = torch.arange(size, device=value.device)
-
-    def build(edge_index: Tensor, value: Tensor) -> Rows:
-        row = torch.cat([node, torch.where(value == 0, size, edge_index[0])])  # what is zero goes beyond the last row
-        rows = sort_rows(row, torch.cat([node, edge_index[1]]), torch.cat([diagonal.flatten(), -value]), size)
-        end = int(rows.offset[-1])
-        return Rows(rows.column[:end], rows.offset, rows.value[:end])
-
-    rows = build(edge_index, value)
-    # S is symmetric if in every graph it treats random vectors as its transpose does, and need not be doubled then.
-    probe = _noise(diagonal.size(1), 8, value).expand(diagonal.size(0), -1, -1)
-    image = rows.multiply(probe.flatten(0, 1)).view_as(probe)
-    product = probe.mT @ image
-    rounding = 16 * torch.finfo(value.dtype).eps * probe.norm(dim=(1, 2)) * image.norm(dim=(1, 2))
-    if bool(((product - product.mT).abs().amax((1, 2)) <= rounding).all()):
-        return rows
-    return build(torch.cat([edge_index, edge_index.flip(0)], 1), torch.cat([value, value]) / 2)
-
-
 class _Attach(torch.autograd.Function):
     """Hands out the pairs that were found without a record of how, and knows their derivative."""
 
@@ -278,6 +261,7 @@ class _Attach(torch.autograd.Function):
         value: Tensor,
         operator: Operator,
         block: Block,
+        isolated: Tensor,
         num_eig: int,
         drop_trivial: bool,
         gauge: str,
@@ -286,43 +270,37 @@ class _Attach(torch.autograd.Function):
         mask = operator.mask
         count = mask.sum(1)
         size = block.eigval.size(1)
-        position, start = keep(block.eigval, count, 0, block.tolerance, num_eig, drop_trivial)
-        present = position < count[:, None]
-        index = position.clamp(max=size - 1)
+        # The zeros of isolated nodes come first; their vectors are added by whoever set them apart.
+        position, start = keep(block.eigval, count, isolated.sum(1), block.tolerance, num_eig, drop_trivial)
+        present = (position >= 0) & (position < count[:, None])
+        index = position.clamp(0, size - 1)
         eigvec = block.eigvec * mask[:, :, None]
         U = eigvec.gather(2, index[:, None, :].expand(-1, mask.size(1), -1)) * present[:, None, :]
         kept = block.eigval.gather(1, torch.minimum(position, (count - 1)[:, None]).clamp(0, size - 1))
-        kept = torch.where((kept.abs() > block.tolerance[:, None]) & (start < count)[:, None], kept, 0.0)
+        real = (position >= 0) & (start < count)[:, None]
+        kept = torch.where(real & (kept.abs() > block.tolerance[:, None]), kept, 0.0)
         found = torch.arange(size, device=mask.device) < torch.minimum(block.kernel + num_eig, count)[:, None]
-        ctx.save_for_backward(block.eigval, eigvec, U, index, present, found, block.tolerance)
+        ctx.save_for_backward(block.eigval, eigvec, U, index, present, found, block.tolerance, isolated)
         ctx.operator, ctx.gauge, ctx.damping = operator, gauge, damping_of(damping, operator.scale)
         return kept.to(value.dtype), U.to(value.dtype)
 
     @staticmethod
-    @once_differentiable
-    @backward_in_full_precision
+    @first_order
     def backward(ctx: Any, grad_eigval: Tensor, grad_eigvec: Tensor) -> tuple[Tensor | None, ...]:
-        eigval, eigvec, U, index, present, found, tolerance = ctx.saved_tensors
+        eigval, eigvec, U, index, present, found, tolerance, isolated = ctx.saved_tensors
         operator, damping, dtype = ctx.operator, ctx.damping, grad_eigvec.dtype
         grad_eigval = grad_eigval.to(operator.dtype) * present
-        grad_eigvec = grad_eigvec.to(operator.dtype) * present[:, None, :] * operator.mask[:, :, None]
+        grad_eigvec = grad_eigvec.to(operator.dtype) * present[:, None, :]
         at = eigval.gather(1, index)
+        # Vectors of isolated nodes, whose eigenvalue is 0.
+        X = grad_eigvec * isolated[:, :, None] * inverse_gaps(torch.zeros_like(eigval[:, :1]), at, None, tolerance, damping)
+        grad_eigvec = grad_eigvec * operator.mask[:, :, None]
         kept = torch.zeros_like(found).scatter(1, index, True) if ctx.gauge == "block" else None
         coefficient = eigvec.mT @ grad_eigvec * inverse_gaps(eigval, at, kept, tolerance, damping) * found[:, :, None]
-        X = U * grad_eigval[:, None, :] + eigvec @ coefficient
+        X = X + U * grad_eigval[:, None, :] + eigvec @ coefficient
         X = X - _solve_outside(operator, grad_eigvec, at, eigval, eigvec, found, damping)
-        if operator.edge_index is None:
-            return None, symmetric_product(X, U).to(dtype), None, None, None, None, None, None
-        grad_diagonal = (X * U).sum(-1).to(dtype) if ctx.needs_input_grad[0] else None
-        grad_value = _edge_products(torch.cat([X, U], -1).flatten(0, 1), torch.cat([U, X], -1).flatten(0, 1), operator.edge_index) / -2
-        return grad_diagonal, grad_value.to(dtype), None, None, None, None, None, None
-
-
-def _edge_products(X: Tensor, Y: Tensor, edge_index: Tensor) -> Tensor:
-    """Computes x_i . y_j for every edge i -> j; so many at a time that the rows stay in the cache."""
-    source, target = (index.split(2**15) for index in edge_index)
-    parts = [(X.index_select(0, i) * Y.index_select(0, j)).sum(-1) for i, j in zip(source, target, strict=True)]
-    return torch.cat(parts) if parts else X.new_zeros(0)
+        gradients = (None if grad is None else grad.to(dtype) for grad in operator.gradients(X, U))
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _solve_outside(operator: Operator, right: Tensor, at: Tensor, eigval: Tensor, eigvec: Tensor, found: Tensor, damping: Tensor) -> Tensor:
@@ -332,7 +310,8 @@ def _solve_outside(operator: Operator, right: Tensor, at: Tensor, eigval: Tensor
     lowest of them: the preconditioner inverts the matrix on these, leaves out those that were found, and is the identity on the rest.
     A direction whose curvature is below the damping is not followed: it belongs to an eigenspace that the cut goes through.
     """
-    usual = (operator.scale / 2)[:, None, None]  # gap of the rest; what is wrong with it costs steps, not precision
+    # Gap of the rest, most of which lies in the middle of the spectrum; what is wrong with it costs steps, not precision.
+    usual = (_columns(operator.scale) / 2 - at[:, None, :]).maximum(_columns(operator.scale) / 1000)
     gap = (eigval[:, :, None] - at[:, None, :]).maximum(_columns(damping))
     gain = torch.where(found[:, :, None], -1.0, (usual / gap - 1).clamp(min=0.0))
 

@@ -146,11 +146,12 @@ class GraphLoss(nn.Module):
                 f"Expected equally many channels for graphs that share their edges (got student {channels[0]}, teacher {channels[1]}): "
                 "send the student's map through a ChannelAdapter, or take topology='each'"
             )
-        student = self.builder(student_map, *node_args) if self.topology != "teacher" else None
+        student = self.builder(student_map, *node_args, static=True) if self.topology != "teacher" else None
         with torch.no_grad():
-            teacher = self._teacher_builder(teacher_map, *node_args, edge_index=student if self.topology == "student" else None)
+            topology = student if self.topology == "student" else None
+            teacher = self._teacher_builder(teacher_map, *node_args, topology=topology, static=True)
         if student is None:
-            student = self.builder(student_map, *node_args, edge_index=teacher)
+            student = self.builder(student_map, *node_args, topology=teacher)
         return student, teacher
 
     @property

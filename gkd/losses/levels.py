@@ -79,7 +79,7 @@ class LevelGraphLoss(nn.Module):
             if first.numel() == 0:
                 return dict.fromkeys(wanted, 0 * as_float(first).sum())
             with torch.no_grad():
-                goal = self.builder({stage: as_float(features.detach()) for stage, features in teacher.items()})
-            graph = self.builder(own, edge_index=goal if self.topology == "teacher" else None)
+                goal = self.builder({stage: as_float(features.detach()) for stage, features in teacher.items()}, static=True)
+            graph = self.builder(own, topology=goal if self.topology == "teacher" else None, static=True)
             views = Spectrum(graph), Spectrum(goal)
             return {name: term(*views) for name, term in wanted.items()}

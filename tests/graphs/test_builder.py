@@ -44,7 +44,6 @@ BUILDERS = {
     "channel-euclidean": GraphBuilder(ChannelNodes(grid=2, center=True), KNNEdges(k=2, metric="euclidean", symmetrize="mutual")),
     "channel-lowrank": GraphBuilder(ChannelNodes(), CompleteEdges(self_loops=True, nonnegative=True)),
     "channel-encoded": GraphBuilder(ChannelNodes(), RadiusEdges(0.3, "cosine"), encoding=Degrees()),
-    "channel-pruned": GraphBuilder(ChannelNodes(), KNNEdges(k=2), prune=True),
     "patch-grid": GraphBuilder(PatchNodes(), GridEdges()),
     "patch-attention": GraphBuilder(PatchNodes(), AttentionEdges(k=3)),
     "patch-random": GraphBuilder(PatchNodes(), RandomEdges(k=3)),
@@ -147,7 +146,7 @@ class TestBatch:
     @pytest.mark.parametrize("convolution", [GCNConv(16, 5), GATConv(16, 5, edge_dim=1), TransformerConv(16, 5, edge_dim=1)], ids=repr)
     def test_convolutions(self, convolution):
         maps = features().requires_grad_()
-        graph = BUILDERS["channel-pruned"](maps)
+        graph = BUILDERS["channel-knn"](maps)
         weight = graph.edge_weight if isinstance(convolution, GCNConv) else graph.edge_weight[:, None]
         out = convolution(graph.x, graph.edge_index, weight)
         out.square().sum().backward()
@@ -158,7 +157,7 @@ class TestBatch:
 
     def test_fillers_are_nothing_to_weighted_convolutions(self):
         maps, convolution = features(), GCNConv(16, 5, add_self_loops=False)
-        full, pruned = (BUILDERS[name](maps) for name in ("channel-knn", "channel-pruned"))
+        full, pruned = (BUILDERS["channel-knn"](maps, static=static) for static in (True, False))
         assert pruned.num_edges < full.num_edges
         torch.testing.assert_close(*(convolution(g.x, g.edge_index, g.edge_weight) for g in (full, pruned)))
 
@@ -197,11 +196,11 @@ class TestTopology:
     def test_of_another_network(self, builder, as_graph):
         teacher, student = features(), features()
         graph = builder(teacher)
-        shared = builder(student, edge_index=graph if as_graph else graph.edge_index)
+        shared = builder(student, topology=graph if as_graph else graph.edge_index)
         assert shared.edge_index is graph.edge_index
         assert torch.equal(shared._slice_dict["edge_index"], graph._slice_dict["edge_index"])
         torch.testing.assert_close(shared.x, builder(student).x)
-        same = builder(teacher, edge_index=graph)
+        same = builder(teacher, topology=graph)
         torch.testing.assert_close(same.edge_weight, graph.edge_weight)
         assert_same_batch(same, graph)
 
@@ -212,8 +211,8 @@ class TestTopology:
     def test_ragged(self, edges, as_graph):
         (x, mask), builder = ragged(), GraphBuilder(Padded(), edges)
         graph = builder(x, mask)
-        assert_same_batch(builder(x, mask, edge_index=graph if as_graph else graph.edge_index), graph)
-        other = builder(torch.where(mask[:, :, None], 2 * x, -1e6), mask, edge_index=graph)
+        assert_same_batch(builder(x, mask, topology=graph if as_graph else graph.edge_index), graph)
+        other = builder(torch.where(mask[:, :, None], 2 * x, -1e6), mask, topology=graph)
         torch.testing.assert_close(other.edge_weight, graph.edge_weight)
 
     def test_weights_follow_the_student(self):
@@ -221,27 +220,27 @@ class TestTopology:
         teacher = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]).view(1, 3, 1, 2)
         student = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)], [1.0, 0.0]]).view(1, 3, 1, 2).requires_grad_()
         builder = GraphBuilder(ChannelNodes(), KNNEdges(k=1, symmetrize="mutual"))
-        graph = builder(student, edge_index=builder(teacher))
+        graph = builder(student, topology=builder(teacher))
         torch.testing.assert_close(to_dense(graph)[0][0], torch.tensor([[0.0, 0.5, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]))
         assert torch.autograd.grad(graph.edge_weight.sum(), student)[0].abs().sum() > 0
 
     def test_factor_of_the_complete_graph_is_kept(self):
         builder, maps = BUILDERS["channel-lowrank"], features()
         graph = builder(features())
-        torch.testing.assert_close(builder(maps, edge_index=graph).factor, builder(maps).factor)
-        assert "factor" not in builder(maps, edge_index=BUILDERS["channel-knn"](maps))
+        torch.testing.assert_close(builder(maps, topology=graph).factor, builder(maps).factor)
+        assert "factor" not in builder(maps, topology=BUILDERS["channel-knn"](maps))
 
     def test_bad_topology(self):
         builder = BUILDERS["channel-knn"]
         graph = builder(features())
         with pytest.raises(ValueError, match=r"Expected the topology of 2 graphs with 12 nodes in all \(got 3 graphs with 18 nodes\)"):
-            builder(features(2), edge_index=graph)
+            builder(features(2), topology=graph)
         with pytest.raises(ValueError, match=r"Expected edges of 12 sources and 12 targets \(got node 17 -> node 17\)"):
-            builder(features(2), edge_index=graph.edge_index)
+            builder(features(2), topology=graph.edge_index)
         with pytest.raises(ValueError, match=r"edges of one graph after those of another \(got them mixed\)"):
-            builder(features(), edge_index=graph.edge_index.flip(1))
+            builder(features(), topology=graph.edge_index.flip(1))
         with pytest.raises(ValueError, match=r"Expected edge_index of shape \[2, E\]"):
-            builder(features(), edge_index=graph.edge_index[0])
+            builder(features(), topology=graph.edge_index[0])
 
 
 class TestPrune:
@@ -264,12 +263,13 @@ class TestPrune:
     def test_gradient(self):
         maps = features().requires_grad_()
         full, pruned = (
-            torch.autograd.grad(BUILDERS[n](maps).edge_weight.square().sum(), maps)[0] for n in ("channel-knn", "channel-pruned")
+            torch.autograd.grad(BUILDERS["channel-knn"](maps, static=static).edge_weight.square().sum(), maps)[0]
+            for static in (True, False)
         )
         torch.testing.assert_close(full, pruned)
 
     def test_as_many_graphs_as_edges(self):
-        graph = GraphBuilder(ChannelNodes(), KNNEdges(k=1, symmetrize="mutual"), prune=True)(torch.rand(3, 2, 4, 4)[:1].repeat(3, 1, 1, 1))
+        graph = GraphBuilder(ChannelNodes(), KNNEdges(k=1, symmetrize="mutual"))(torch.rand(3, 2, 4, 4)[:1].repeat(3, 1, 1, 1))
         assert graph.num_edges == 6
         assert graph.ptr.tolist() == [0, 2, 4, 6]
 
@@ -305,7 +305,7 @@ def test_compiles_in_one_graph(name):
     torch.compiler.reset()
     compiled = torch.compile(builder, fullgraph=True, backend="aot_eager")
     maps = features(4).requires_grad_()
-    graph, expected = compiled(maps), builder(maps)
+    graph, expected = compiled(maps, static=True), builder(maps, static=True)
     assert_same_batch(graph, expected)
     ours, theirs = (torch.autograd.grad(g.edge_weight.square().sum(), maps)[0] for g in (graph, expected))
     torch.testing.assert_close(ours, theirs)
@@ -314,25 +314,25 @@ def test_compiles_in_one_graph(name):
 def test_shared_topology_compiles_in_one_graph():
     torch.compiler.reset()
     builder, teacher, student = BUILDERS["channel-knn"], features(), features()
-    compiled = torch.compile(lambda s, t: builder(s, edge_index=builder(t)), fullgraph=True, backend="aot_eager")
-    assert_same_batch(compiled(student, teacher), builder(student, edge_index=builder(teacher)))
+    compiled = torch.compile(lambda s, t: builder(s, topology=builder(t, static=True)), fullgraph=True, backend="aot_eager")
+    assert_same_batch(compiled(student, teacher), builder(student, topology=builder(teacher, static=True)))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "channel-pruned"])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_never_waits_for_the_gpu(name):
     builder = BUILDERS[name]
     if builder.encoding is not None:
         builder = GraphBuilder(builder.nodes, builder.edges, RandomWalkEncoding(4))
     maps = features().cuda().requires_grad_()
-    builder(maps).edge_weight.sum().backward()  # index tensors come to the device once
+    builder(maps, static=True).edge_weight.sum().backward()  # index tensors come to the device once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        graph = builder(maps)
-        builder(maps, edge_index=graph).edge_weight.sum().backward()
+        graph = builder(maps, static=True)
+        builder(maps, topology=graph).edge_weight.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert graph.x.is_cuda
     assert graph.batch.is_cuda
-    assert_same_batch(graph.cpu(), builder(maps.detach().cpu()))
+    assert_same_batch(graph.cpu(), builder(maps.detach().cpu(), static=True))

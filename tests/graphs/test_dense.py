@@ -1,10 +1,14 @@
 import pytest
 import torch
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Batch, Data, HeteroData
 from torch_geometric.utils import to_dense_adj
 
-from gkd.graphs.dense import dense_adjacency, from_dense, from_padded, layout, to_dense, to_padded
-from gkd.graphs.testing import fixture_graphs, isolated_node_graph, path_graph, zero_weight_graph
+from gkd.graphs.dense import dense_adjacency, from_dense, from_padded, to_dense, to_padded
+from gkd.graphs.encodings import RandomWalkEncoding
+from gkd.graphs.laplacian import laplacian
+from gkd.graphs.layout import layout
+from gkd.graphs.spectral import eigenmaps
+from gkd.graphs.testing import cycle_graph, fixture_graphs, isolated_node_graph, path_graph, zero_weight_graph
 
 
 def random_graph(num_nodes: int, num_edges: int, seed: int) -> Data:
@@ -69,12 +73,30 @@ def to_dense_shape_and_sizes(batch):
     return tuple(mask.shape), mask.sum(1).tolist()
 
 
-def test_contradicting_ptr():
-    graph = Data(
-        x=torch.rand(3, 1), edge_index=torch.zeros(2, 0, dtype=torch.long), batch=torch.zeros(3, dtype=torch.long), ptr=torch.tensor([0, 2])
-    )
-    with pytest.raises(ValueError, match="Expected 'ptr' to count the nodes"):
+def test_subgraph_of_a_batch_is_counted_anew():
+    graphs = [path_graph(4), cycle_graph(5), path_graph(3)]
+    batch = Batch.from_data_list(graphs).subgraph(torch.tensor([0, 1, 4, 5, 6, 11]))  # its ptr stays [0, 4, 9, 12]
+    A, mask = to_dense(batch)
+    assert mask.sum(dim=1).tolist() == [2, 3, 1]
+    expected = torch.zeros(3, 3, 3)
+    expected[0, 0, 1] = expected[0, 1, 0] = expected[1, 0, 1] = expected[1, 1, 0] = expected[1, 1, 2] = expected[1, 2, 1] = 1
+    assert torch.equal(A, expected)
+    without = Batch.from_data_list(graphs).subgraph(torch.tensor([0, 11]))  # the second graph has no node left
+    assert layout(without).mask.sum(dim=1).tolist() == [1, 0, 1]
+
+
+def test_batch_out_of_order():
+    graph = Data(x=torch.rand(3, 1), edge_index=torch.zeros(2, 0, dtype=torch.long), batch=torch.tensor([0, 1, 0]))
+    with pytest.raises(ValueError, match=r"Expected 'batch' in ascending order.*\(got graph 0 at node 2 after graph 1\): sort the nodes"):
         to_dense(graph)
+
+
+def test_several_types_of_nodes():
+    graph = HeteroData()
+    graph["a"].x = torch.rand(2, 1)
+    for call in (to_dense, laplacian, eigenmaps, RandomWalkEncoding()):
+        with pytest.raises(ValueError, match=r"Expected a Data or Batch with one type of nodes \(got HeteroData\): take to_homogeneous"):
+            call(graph)
 
 
 def test_missing_weights_are_ones_in_the_type_of_the_features():

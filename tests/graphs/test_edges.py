@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from gkd.graphs import AttentionEdges, CompleteEdges, KNNEdges, Nodes, RadiusEdges, RandomEdges
 from gkd.graphs import nearest as nearest_module
-from gkd.graphs.topology import neighbors
+from gkd.graphs.nearest import neighbors
 from tests.graphs.edge_rules import EVERY, FREE, dense, each, rows
 
 

@@ -6,8 +6,8 @@ import gkd.graphs.subspace
 from gkd.graphs.dense import from_dense
 from gkd.graphs.eigen import exact_eigenmaps, lowrank_eigenmaps
 from gkd.graphs.laplacian import laplacian
-from gkd.graphs.spectral import choose_method, eigenmaps
-from gkd.graphs.subspace import subspace_eigenmaps
+from gkd.graphs.spectral import Spectrum, eigenmaps
+from gkd.graphs.subspace import Subspace
 from gkd.graphs.testing import graph_from_edges, grid_graph
 
 DOUBLE = torch.float64
@@ -63,9 +63,9 @@ def test_lowrank_graph_chooses_itself():
     F = random_factor()
     graph = from_dense(F @ F.mT)
     graph.factor = F.flatten(0, 1)
-    assert choose_method(graph, 4) == "lowrank"
-    assert choose_method(graph, 5) == "exact"  # beyond what the factor surely has
-    assert choose_method(graph, 4, None) == "exact"
+    assert Spectrum(graph).choose_method(4) == "lowrank"
+    assert Spectrum(graph).choose_method(5) == "exact"  # beyond what the factor surely has
+    assert Spectrum(graph, None).choose_method(4) == "exact"
     for normalization in ("sym", "rw"):
         automatic = eigenmaps(graph, 4, normalization=normalization)
         expected = eigenmaps(graph, 4, normalization=normalization, method="exact")
@@ -113,11 +113,11 @@ def test_subspace_did_not_hand_over(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the exact method was called")
 
-    monkeypatch.setattr(gkd.graphs.subspace, "exact_eigenmaps", fail)
+    monkeypatch.setattr(gkd.graphs.subspace, "Exact", fail)
     graph = from_dense(knn_adjacency())
-    subspace_eigenmaps(graph, 4)
+    Subspace(graph).lowest(4)
     with pytest.raises(AssertionError, match="was called"):
-        subspace_eigenmaps(graph, 40)
+        Subspace(graph).lowest(40)
 
 
 @pytest.mark.parametrize("components", [12, 60])  # the block grows; the exact method takes over
@@ -177,7 +177,7 @@ def test_gradcheck_of_subspace():
 
     def run(part):
         graph.edge_weight = torch.cat([part, graph.edge_weight.detach()[12:]])
-        return scores(*subspace_eigenmaps(graph, 2, gauge="block"))
+        return scores(*Subspace(graph).lowest(2, gauge="block"))
 
     assert torch.autograd.gradcheck(run, (weight,), atol=1e-4)
 
@@ -197,7 +197,7 @@ def test_lowrank_gradient_is_finite_everywhere(factor):
 def test_subspace_gradient_at_a_cut_through_an_eigenspace():
     graph = grid_graph(8, 8)  # a square: eigenvalues 1 and 2 are one
     weight = graph.edge_weight.clone().requires_grad_()
-    eigval, eigvec = subspace_eigenmaps(Data(edge_index=graph.edge_index, edge_weight=weight, num_nodes=64), 1)
+    eigval, eigvec = Subspace(Data(edge_index=graph.edge_index, edge_weight=weight, num_nodes=64)).lowest(1)
     (eigvec.sin().sum() + eigval.sum()).backward()
     assert bool(weight.grad.isfinite().all())
     assert float(weight.grad.abs().max()) < 1e5

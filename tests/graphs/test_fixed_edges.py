@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from gkd.graphs import CompleteEdges, GridEdges, Nodes, PatchNodes, RandomEdges
-from gkd.graphs.topology import without_diagonal
+from gkd.graphs.edge_index import without_diagonal
 from tests.graphs.edge_rules import dense, rows
 
 
@@ -14,26 +14,32 @@ class TestComplete:
         edges = CompleteEdges()(Nodes(x))
         torch.testing.assert_close(dense(edges, 2, 6), cosine - torch.diag_embed(torch.ones(2, 6, dtype=x.dtype)))
         assert edges.edge_index.shape == (2, 60)
-        assert edges.factor is None
+        assert edges.lowrank is None  # some features are negative
 
-    def test_factor(self):
+    @pytest.mark.parametrize("self_loops", [False, True])
+    @pytest.mark.parametrize("nonnegative", [None, True])
+    def test_factor(self, self_loops, nonnegative):
         x = torch.cat((rows(), torch.ones(2, 6, 1, dtype=torch.float64)), dim=2).index_fill(1, torch.tensor([2]), 0.0)
-        edges = CompleteEdges(self_loops=True, nonnegative=True)(Nodes(x))
-        A = edges.edge_weight.view(2, 6, 6)
-        torch.testing.assert_close(A, edges.factor @ edges.factor.mT)
-        torch.testing.assert_close(A.diagonal(dim1=1, dim2=2)[:, [0, 1, 3, 4, 5]], torch.ones(2, 5, dtype=x.dtype))
+        x = x.abs() if nonnegative is None else x
+        nodes, rule = Nodes(x), CompleteEdges(self_loops=self_loops, nonnegative=nonnegative)
+        edges = rule(nodes)
+        A = edges.lowrank.dense()
+        torch.testing.assert_close(rule.lowrank(nodes).factor, edges.lowrank.factor)
+        assert edges.lowrank.self_loops == self_loops
+        torch.testing.assert_close(edges.edge_weight.view(2, 6, -1), A if self_loops else without_diagonal(A))
+        loops = torch.full((2, 5), float(self_loops), dtype=x.dtype)
+        torch.testing.assert_close(A.diagonal(dim1=1, dim2=2)[:, [0, 1, 3, 4, 5]], loops)
         assert A[:, 2].abs().sum() == 0  # a zero row has no edge, not even to itself
         clipped = x.relu()
         torch.testing.assert_close(A[:, 0, 1], torch.nn.functional.cosine_similarity(clipped[:, 0], clipped[:, 1], dim=-1))
 
     def test_no_factor_where_it_is_not_the_adjacency(self):
-        x = Nodes(rows())
-        full = CompleteEdges(self_loops=True, nonnegative=True)
-        own = full(x)
-        assert CompleteEdges(nonnegative=True)(x).factor is None
-        assert CompleteEdges(self_loops=True)(x).factor is None
-        assert full(x, own.edge_index[:, :-1]).factor is None
-        torch.testing.assert_close(full(x, own.edge_index.flip(1)).factor, own.factor)
+        for rule in (CompleteEdges(), CompleteEdges(self_loops=True), CompleteEdges(nonnegative=False), CompleteEdges("euclidean")):
+            assert rule(Nodes(rows())).lowrank is None
+            assert rule.lowrank(Nodes(rows())) is None
+        assert CompleteEdges(nonnegative=False).lowrank(Nodes(rows().abs())) is None
+        full = CompleteEdges(nonnegative=True)
+        assert full(Nodes(rows()), full(Nodes(rows())).edge_index).lowrank is None  # the edges may be any
 
     def test_euclidean(self):
         x = rows(1, 3)

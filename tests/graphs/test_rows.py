@@ -24,15 +24,16 @@ def test_nearest_are_the_highest_scores(similarity, masked):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(3, n, 4, generator=generator, dtype=DOUBLE) for n in (5, 6))
     mask = torch.arange(6) < torch.tensor([6, 4, 1])[:, None] if masked else None
-    scores = similarity.scores(x, y)
+    rows = similarity.prepare(x, y)
+    scores = similarity.scores(rows.x, rows.y)
     expected = (scores if mask is None else scores.masked_fill(~mask[:, None], float("-inf"))).topk(2)
-    source, found, exists = nearest(similarity, x, y, 2, mask)
+    source, found, exists = nearest(similarity, rows, 2, mask)
     if exists is None:
         exists = torch.ones_like(source, dtype=torch.bool)
     assert torch.equal(exists, expected.values > float("-inf"))
     assert torch.equal(source[exists], expected.indices[exists])
     assert torch.equal(found[exists], expected.values[exists])
-    torch.testing.assert_close(similarity.neighbor_scores(x, y, source, found)[exists], expected.values[exists])
+    torch.testing.assert_close(similarity.neighbor_scores(rows.x, rows.y, source, found)[exists], expected.values[exists])
 
 
 def test_neighbor_products_have_the_gradient_of_the_products():

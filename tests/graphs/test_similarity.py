@@ -9,7 +9,7 @@ from tests.graphs.edge_rules import rows
 
 class TestSimilarity:
     def test_unit_rows(self):
-        x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-20, 0.0]], requires_grad=True)
+        x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-13, 0.0]], requires_grad=True)
         unit = unit_rows(x)
         torch.testing.assert_close(unit, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.0]]))
         (gradient,) = torch.autograd.grad(unit[:, 0].sum(), x)
@@ -18,8 +18,9 @@ class TestSimilarity:
 
     def test_distances_far_from_the_origin(self):
         x = torch.rand(1, 20, 5) + 1000
-        expected = torch.cdist(x.double(), x.double()).square().float()
-        torch.testing.assert_close(squared_distances(x, x), expected, rtol=1e-4, atol=1e-5)
+        expected = torch.cdist(x.double(), x.double()).square()
+        rows, _, unit = EuclideanSimilarity().prepare(x)
+        torch.testing.assert_close(squared_distances(rows, rows).double() * unit**2, expected, rtol=1e-4, atol=1e-5)
 
     def test_equal_rows_have_distance_zero(self):
         x = torch.rand(1, 1, 300).expand(1, 9, 300)
@@ -31,6 +32,7 @@ class TestSimilarity:
     @pytest.mark.parametrize("similarity", [CosineSimilarity(), EuclideanSimilarity()], ids=["cosine", "euclidean"])
     def test_edge_scores_are_entries_of_scores(self, similarity):
         x, y = rows(2, 5), rows(2, 7)
+        x, y, _ = similarity.prepare(x, y)
         few = torch.tensor([[0, 6, 7, 13], [4, 0, 5, 9]])  # one gathered pair of rows an edge
         many = few.repeat(1, 40)  # one product of all
         scores = similarity.scores(x, y)
@@ -43,5 +45,5 @@ class TestSimilarity:
         score, similarity = -torch.tensor([1.0, 9.0, 100.0, 0.0]), EuclideanSimilarity()
         exists, graph = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 1])
         expected = torch.tensor([-1 / 8, -9 / 8, -1 / 2, -math.inf]).exp()
-        torch.testing.assert_close(similarity.weights(score, exists, graph, 2), expected)
-        torch.testing.assert_close(similarity.weights(score, exists, None, 2), expected)
+        torch.testing.assert_close(similarity.weights(score, exists, graph, 2, None), expected)
+        torch.testing.assert_close(similarity.weights(score, exists, None, 2, None), expected)

@@ -93,14 +93,14 @@ def test_nodes_of_an_image_lie_together():
 
 
 @pytest.mark.parametrize("cross", [None, KNNEdges(k=2, metric="euclidean")], ids=["attention", "knn"])
-@pytest.mark.parametrize("prune", [False, True])
-def test_is_what_from_data_list_gives(cross, prune):
-    model, maps = three_stages(cross, pairs="all", prune=prune, encoding=torch.nn.Identity()), features(3)
+@pytest.mark.parametrize("static", [False, True])
+def test_is_what_from_data_list_gives(cross, static):
+    model, maps = three_stages(cross, pairs="all", encoding=torch.nn.Identity()), features(3)
     model.encoding.forward = lambda graph: graph.x[:, :1]
-    graph = model(maps)
+    graph = model(maps, static=static)
     singles = []
     for image in range(3):
-        alone = model({stage: x[image : image + 1] for stage, x in maps.items()})
+        alone = model({stage: x[image : image + 1] for stage, x in maps.items()}, static=static)
         singles.append(Data(**{name: alone[name] for name in alone.keys() if name not in ("batch", "ptr")}))  # noqa: SIM118
     expected = Batch.from_data_list(singles)
     assert set(graph.keys()) == set(expected.keys())
@@ -112,16 +112,16 @@ def test_is_what_from_data_list_gives(cross, prune):
 
 
 @pytest.mark.parametrize("cross", [AttentionEdges(k=1), KNNEdges(k=2), KNNEdges(k=2, metric="euclidean")], ids=repr)
-@pytest.mark.parametrize("prune", [False, True])
-def test_shared_topology(cross, prune):
+@pytest.mark.parametrize("static", [False, True])
+def test_shared_topology(cross, static):
     teacher, student = features(), features()
-    model = three_stages(cross, pairs="all", prune=prune)
-    graph = model(teacher)
+    model = three_stages(cross, pairs="all")
+    graph = model(teacher, static=static)
     for topology in (graph, graph.edge_index):
-        same = model(teacher, edge_index=topology)
+        same = model(teacher, topology=topology)
         torch.testing.assert_close(same.edge_weight, graph.edge_weight)
         assert torch.equal(same._slice_dict["edge_weight"], graph._slice_dict["edge_weight"])
-    other, own = model(student, edge_index=graph), to_dense(three_stages(cross, pairs="all")(student))[0]
+    other, own = model(student, topology=graph), to_dense(three_stages(cross, pairs="all")(student))[0]
     if not isinstance(cross, KNNEdges) or cross.metric == "cosine":
         A = to_dense(other)[0]
         both = (A != 0) & (own != 0)
@@ -146,7 +146,7 @@ def test_ragged_stages(cross):
         )
         for name in ("x", "stage", "edge_index", "edge_weight"):
             torch.testing.assert_close(single[name], alone[name])
-    torch.testing.assert_close(model(sizes)(x, edge_index=graph).edge_weight, graph.edge_weight)
+    torch.testing.assert_close(model(sizes)(x, topology=graph).edge_weight, graph.edge_weight)
 
 
 def test_projections():
@@ -173,7 +173,7 @@ def test_gradients():
     edges = model(maps)
 
     def weights(*values):
-        return model(dict(zip(maps, values, strict=True)), edge_index=edges).edge_weight
+        return model(dict(zip(maps, values, strict=True)), topology=edges).edge_weight
 
     assert torch.autograd.gradcheck(weights, tuple(x.requires_grad_() for x in maps.values()))
     zero = {stage: torch.zeros_like(x, requires_grad=True) for stage, x in maps.items()}
@@ -184,7 +184,7 @@ def test_gradients():
 def test_compiles_in_one_graph():
     torch.compiler.reset()
     model, maps = three_stages(), features(dtype=torch.float32)
-    graph, expected = torch.compile(model, fullgraph=True, backend="aot_eager")(maps), model(maps)
+    graph, expected = torch.compile(model, fullgraph=True, backend="aot_eager")(maps, static=True), model(maps, static=True)
     for name in expected.keys():  # noqa: SIM118
         torch.testing.assert_close(graph[name], expected[name])
 

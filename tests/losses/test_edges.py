@@ -30,7 +30,7 @@ def reweigh(graph, seed=3):
 
 def graph(seed=0, edges=None, dtype=torch.float32):
     features = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return GraphBuilder(PatchNodes(), edges or KNNEdges(k=3))(features)
+    return GraphBuilder(PatchNodes(), edges or KNNEdges(k=3))(features, static=True)
 
 
 def test_hand_values():

@@ -18,8 +18,9 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from gkd import __version__
+from gkd.engine.lock import FolderLock
 from gkd.errors import UserError
-from gkd.files import write_atomic
+from gkd.files import remove_temporary, to_json, unwritable, write_atomic
 
 PACKAGES = ("torch", "torchvision", "torch_geometric", "lightning", "torchmetrics", "gin-config", "numpy")
 
@@ -56,6 +57,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.onnx = self.path / "student.onnx"
         self.program = self.path / "student.pt2"
+        self.lock = FolderLock(self.path / ".lock")
 
     @property
     def contents(self) -> tuple[Path, ...]:
@@ -67,32 +69,34 @@ class RunFolder:
         """Makes the folder ready to be written to.
 
         Args:
-            resume: Keep what is there, to go on with it.
+            resume: Keep what is there, to go on with it; a folder that is not there is made.
             overwrite: Remove what an earlier training wrote there, and nothing else.
 
         Raises:
-            UserError: If the folder holds something and neither was asked, if both were, or if there is nothing to resume.
+            UserError: If the folder holds something and neither was asked, if both were, or if it cannot be written to.
         """
         if resume and overwrite:
             raise UserError("Expected --resume or --overwrite (got both). --resume keeps the run, --overwrite removes it.")
-        if resume:
-            if not self.path.is_dir():
-                raise UserError(f"Expected a run folder to resume (got {self.path}, which does not exist). Check --output.")
-            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"Expected a folder to write the run to (got the file {self.path}). Choose another --output.")
-        if overwrite:
-            for path in self.contents:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        if not (resume or overwrite) and self.path.is_dir() and any(path != self.lock.path for path in self.path.iterdir()):
             raise UserError(
                 f"Expected an empty run folder (got {self.path}, which holds files). "
                 "Continue that run with --resume, replace it with --overwrite, or choose another --output."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.lock:
+                if overwrite:
+                    for path in self.contents:
+                        if path.is_dir():
+                            shutil.rmtree(path)
+                        else:
+                            path.unlink(missing_ok=True)
+                for folder in (self.path, self.last.parent):
+                    remove_temporary(folder)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def write_config(self, text: str) -> None:
         """Writes the operative configuration."""
@@ -100,12 +104,12 @@ class RunFolder:
 
     def changed_bindings(self, text: str) -> list[str]:
         """Lines of a configuration that the folder's own does not have."""
-        known = set(self.config.read_text().splitlines()) if self.config.is_file() else set(text.splitlines())
-        return [line for line in text.splitlines() if line not in known]
+        before = set(self.config.read_text().splitlines()) if self.config.is_file() else set(text.splitlines())
+        return [line for line in text.splitlines() if line not in before]
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes the results."""
-        text = json.dumps(results, indent=2) + "\n"
+        """Writes the results as strict JSON."""
+        text = to_json(results, indent=2) + "\n"
         write_atomic(self.results, lambda file: file.write(text.encode()))
 
 

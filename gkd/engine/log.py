@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gkd.files import to_json, unwritable
 
 Record = Mapping[str, Any]
 
@@ -47,21 +49,28 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, length: int = 0) -> None:
-        self._file = path.open("ab")
-        self._file.truncate(min(length, path.stat().st_size))
+        self._path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+            if path.stat().st_size > length:
+                self._file.truncate(length)
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def write(self, record: Record) -> None:
         """Writes one line."""
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-        self._file.write(json.dumps(finite).encode() + b"\n")
-        self._file.flush()
+        line = to_json(record).encode() + b"\n"
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise unwritable(self._path, error) from error
 
     def advance(self, step: int) -> None:
         """Steps leave no line."""
 
     def length(self) -> int:
         """Bytes so far, which are then on the disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 

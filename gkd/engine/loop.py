@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gkd.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from gkd.engine.folder import RunFolder, package_versions
+from gkd.engine.checkpoint import rng_state, save_checkpoint, set_rng_state
+from gkd.engine.folder import RunFolder
 from gkd.engine.interrupt import Interrupted, Interrupts
 from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, Writer
-from gkd.engine.position import Clock, Position, Summary
+from gkd.engine.position import Clock, Summary
 from gkd.engine.settings import Settings
+from gkd.engine.state import TrainingState
 from gkd.engine.trainable import Trainable
-from gkd.engine.window import Window
-from gkd.errors import UserError
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -48,7 +47,8 @@ class Loop:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
 
-        self.position, self.window = Position(), Window(self.device)
+        self.state = TrainingState(model, self.raw_optimizer, settings.autocast, steps_per_epoch, self.device)
+        self.position, self.window = self.state.position, self.state.window
         self.interrupts, self.clock = Interrupts(), Clock()
         self.writers: list[Writer] = []
         self.metrics_file: MetricsFile | None = None
@@ -117,7 +117,7 @@ class Loop:
         parts = split_batch(self._place(batch), settings.accumulate)
         for number, part in enumerate(parts, start=1):
             with self.fabric.no_backward_sync(self.module, enabled=number < len(parts) and self.fabric.world_size > 1):
-                losses = self.module(*part)
+                losses = self._losses(part)
                 total = torch.stack([loss.float() for loss in losses.values()]).sum()
                 self.fabric.backward(total / len(parts))
             scalars = {"loss": total, **{f"loss/{name}": loss for name, loss in losses.items()}}
@@ -133,6 +133,16 @@ class Loop:
         self.position.step += 1
         self.position.samples += self.task.batch_size
         self.window.add(self.position.step, values)
+
+    def _losses(self, part: tuple) -> dict[str, Tensor]:
+        try:
+            return self.module(*part)
+        except (ValueError, RuntimeError) as error:
+            # Graphs refuse features that are not finite: in the middle of a training that is a divergence, not a wrong setting.
+            diverged = bool(self.state.non_finite()) or (isinstance(error, ValueError) and "finite" in str(error))
+            if not diverged:
+                raise
+            raise self._divergence(f"losses (got: {str(error).rstrip('.')}", self.position.step + 1, "the forward pass") from error
 
     def _after_step(self, stop: int) -> None:
         step = self.position.step
@@ -202,11 +212,21 @@ class Loop:
         epoch, start = divmod(step - 1, self.steps_per_epoch)
         # The batches are a function of (epoch, step), so the culprit can be read again and nothing had to be kept of it.
         samples = self.task.describe(next(iter(self.task.train_batches(epoch=epoch, start=start))))
+        raise self._divergence(f"losses (got NaN or infinity in {', '.join(terms)}", step, samples)
+
+    def _check_weights(self) -> None:
+        """Raises if a weight, a buffer or a moment is not finite, before it replaces good ones on the disk."""
+        names = self.state.non_finite()
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise self._divergence(f"weights (got NaN or infinity in {names[0]}{more}", self.position.step, "after the update")
+
+    def _divergence(self, problem: str, step: int, place: str) -> NonFiniteLossError:
         kept = ""
         if self.folder is not None and self.folder.last.is_file():
             kept = f" The last good checkpoint is {self.folder.last}."
-        raise NonFiniteLossError(
-            f"Expected finite losses (got NaN or infinity in {', '.join(terms)} at step {step}, epoch {epoch + 1}, {samples}). "
+        return NonFiniteLossError(
+            f"Expected finite {problem} at step {step}, epoch {(step - 1) // self.steps_per_epoch + 1}, {place}). "
             f"Try a lower learning rate, a warm-up, Trainer.clip_norm or Trainer.precision = '32-true'.{kept}"
         )
 
@@ -218,7 +238,7 @@ class Loop:
         is_due = step > 0 and (step % self.evaluation_period == 0 or step == self.total)
         if not self.task.splits or not is_due or position.evaluated == step:
             return False
-        self._check_finite()
+        self._save()  # an evaluation that fails loses nothing
         self.clock.stop()
         random_state = rng_state(self.device)
         try:
@@ -231,7 +251,7 @@ class Loop:
             self._stop(interrupted.signum)
         position.evaluated, position.last = step, record
         value, score = record.get(self.task.score), self.task.score
-        if value is not None and (position.best is None or value > position.best[score]):
+        if value is not None and math.isfinite(value) and (position.best is None or value > position.best[score]):
             position.best = record
             self._save(is_best=True)
         self._save()
@@ -244,27 +264,18 @@ class Loop:
         if self.folder is None:
             return
         self._check_finite()
+        self._check_weights()
         was_running = self.clock.is_running
         if was_running:
             self.clock.stop()
-        own = {"rng": rng_state(self.device), "window": self.window.state_dict()}
-        ranks: list[Any] = [own]
+        of_process = self.state.of_process()
+        ranks: list[Any] = [of_process]
         if self.fabric.world_size > 1:
             ranks = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(ranks, own)
+            torch.distributed.all_gather_object(ranks, of_process)
         if self.fabric.is_global_zero:
-            position = asdict(self.position)
-            position["seconds"] += self.clock.seconds
-            state = {
-                "position": position,
-                "steps_per_epoch": self.steps_per_epoch,
-                "model": self.model.state_dict(),
-                "optimizer": self.raw_optimizer.state_dict(),
-                "scaler": {} if self.settings.autocast is None else self.settings.autocast.state_dict(),
-                "ranks": ranks,
-                "log_length": 0 if self.metrics_file is None else self.metrics_file.length(),
-                "versions": package_versions(),
-            }
+            log_length = 0 if self.metrics_file is None else self.metrics_file.length()
+            state = {**self.state.of_run(self.clock.seconds), "ranks": ranks, "log_length": log_length}
             save_checkpoint(self.folder.best if is_best else self.folder.last, state)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
@@ -278,30 +289,11 @@ class Loop:
         if not self.folder.last.is_file():
             self.fabric.print(f"{self.folder.path} holds no checkpoint yet: starting from the beginning.")
             return
-        state = load_checkpoint(self.folder.last)
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise UserError(
-                f"Expected {state['steps_per_epoch']} steps in an epoch, as in {self.folder.last} (got {self.steps_per_epoch}). "
-                "Resume with the data and the batch size of the run, or start again with --overwrite."
-            )
-        try:
-            self.model.load_state_dict(state["model"])
-            self.raw_optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"Expected the model that {self.folder.last} was saved from (got another: {error}). "
-                "Resume with the configuration of the run, or start again with --overwrite."
-            ) from error
-        if self.settings.autocast is not None and state["scaler"]:
-            self.settings.autocast.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
+        state = self.state.load(self.folder.last, self.fabric.global_rank)
         if len(state["ranks"]) != self.fabric.world_size:
             self.fabric.print(
                 f"Resuming a run of {len(state['ranks'])} processes with {self.fabric.world_size}: exact up to random numbers."
             )
-        own = state["ranks"][self.fabric.global_rank % len(state["ranks"])]
-        self.window.load_state_dict(own["window"])
-        set_rng_state(own["rng"], self.device)
         self._log_length = state["log_length"]
         self._logged = (0.0, self.position.samples)
         self.fabric.print(f"Resuming {self.folder.path} after step {self.position.step} of {self.total}.")

@@ -10,10 +10,12 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from gkd.engine.checks import check_flag, check_number
+
 Unit = Literal["epoch", "step"]
 
 
-class Schedule(Protocol):
+class LRSchedule(Protocol):
     """What the trainer multiplies the base learning rate with at a step."""
 
     def __call__(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
@@ -47,7 +49,7 @@ class Flat:
     unit: Unit = "epoch"
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
+        _check_warmup(self.warmup, self.warmup_start, self.unit)
 
     def __call__(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
         """Factor at `step`."""
@@ -78,7 +80,10 @@ class MultiStep:
     unit: Unit = "epoch"
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
+        _check_warmup(self.warmup, self.warmup_start, self.unit)
+        check_number("factor", self.factor, least=0)
+        for milestone in self.milestones:
+            check_number("a milestone", milestone, least=0)
         if list(self.milestones) != sorted(self.milestones):
             raise ValueError(f"Expected milestones in ascending order (got {list(self.milestones)})")
 
@@ -108,7 +113,8 @@ class Cosine:
     unit: Unit = "epoch"
 
     def __post_init__(self) -> None:
-        _check_unit(self.unit)
+        _check_warmup(self.warmup, self.warmup_start, self.unit)
+        check_number("final", self.final, least=0, most=1)
 
     def __call__(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
         """Factor at `step`."""
@@ -139,8 +145,9 @@ class OneCycle:
     final: float = 1.0 / 25.0e4
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.rise < 1.0:
-            raise ValueError(f"Expected a rise between 0 and 1, a share of the steps (got {self.rise})")
+        check_number("rise", self.rise, above=0, below=1)
+        check_number("start", self.start, least=0, most=1)
+        check_number("final", self.final, least=0, most=1)
 
     def __call__(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
         """Factor at `step`."""
@@ -168,6 +175,15 @@ class SGD:
     nesterov: bool = False
     decay_norm_and_bias: bool = True
 
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr, above=0)
+        check_number("momentum", self.momentum, least=0, below=1)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_flag("nesterov", self.nesterov)
+        check_flag("decay_norm_and_bias", self.decay_norm_and_bias)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("Expected a momentum above 0 for nesterov = True (got 0)")
+
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
         """Optimiser of the parameters of `module` that require a gradient."""
         groups = parameter_groups(module, self.weight_decay, self.decay_norm_and_bias)
@@ -189,6 +205,15 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.05
     decay_norm_and_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr, above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_flag("decay_norm_and_bias", self.decay_norm_and_bias)
+        if len(self.betas) != 2:
+            raise ValueError(f"Expected betas to be two numbers (got {self.betas!r})")
+        for beta in self.betas:
+            check_number("a beta", beta, least=0, below=1)
 
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
         """Optimiser of the parameters of `module` that require a gradient."""
@@ -221,6 +246,8 @@ def _steps_per(unit: Unit, steps_per_epoch: int) -> int:
     return steps_per_epoch if unit == "epoch" else 1
 
 
-def _check_unit(unit: str) -> None:
+def _check_warmup(warmup: float, start: float, unit: str) -> None:
+    check_number("warmup", warmup, least=0)
+    check_number("warmup_start", start, least=0, most=1)
     if unit not in ("epoch", "step"):
         raise ValueError(f"Expected the unit 'epoch' or 'step' (got {unit!r})")

@@ -15,10 +15,12 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gkd.engine.optim import SGD, Flat, Schedule
+from gkd.engine.checks import check_flag, check_integer, check_number
+from gkd.engine.optim import SGD, Flat, LRSchedule
 from gkd.errors import UserError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class Autocast(MixedPrecision):
@@ -58,7 +60,7 @@ class Settings:
         epochs: float = 1,
         steps: int | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
         precision: Precision = "32-true",
         device: str = "auto",
         accumulate: int = 1,
@@ -74,18 +76,17 @@ class Settings:
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"Expected the precision {', '.join(map(repr, get_args(Precision)))} (got {precision!r})")
-        counts = {
-            "accumulate": accumulate,
-            "log_every": log_every,
-            "checkpoint_every": checkpoint_every,
-            "max_steps": max_steps,
-            "steps": steps,
-        }
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"Expected {name} to be at least 1 (got {count})")
-        if epochs <= 0 or evaluate_every <= 0:
-            raise ValueError(f"Expected positive epochs and evaluate_every (got {epochs} and {evaluate_every})")
+        check_number("epochs", epochs, above=0)
+        check_number("evaluate_every", evaluate_every, above=0)
+        check_number("clip_norm", clip_norm, above=0, optional=True)
+        check_integer("accumulate", accumulate, least=1)
+        check_integer("log_every", log_every, least=1)
+        for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every), ("max_steps", max_steps)):
+            check_integer(name, count, least=1, optional=True)
+        for name, flag in (("channels_last", channels_last), ("find_unused_parameters", find_unused_parameters)):
+            check_flag(name, flag)
+        if not isinstance(compile, bool) and compile not in COMPILE_MODES:
+            raise ValueError(f"Expected compile to be True, False or one of {', '.join(COMPILE_MODES)} (got {compile!r})")
         self.epochs, self.steps = epochs, steps
         self.optimizer = SGD() if optimizer is None else optimizer
         self.schedule = Flat() if schedule is None else schedule

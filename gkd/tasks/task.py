@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,16 +150,15 @@ class Task(ABC):
             changed = folder.changed_bindings(config) if resume else []
             if changed:
                 fabric.print("Resuming with other bindings than the run had: " + "; ".join(changed))
-            folder.write_config(config)
-        summary = self.trainer.fit(self, folder, resume)
+        summary = self.trainer.fit(self, folder, resume, config)
         if not summary.finished:
             fabric.print(
                 f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
             )
             return None
+        paths = self.save(folder) if fabric.is_global_zero else []  # first: nothing that fails from here on can take the student away
         results = self.results(folder, summary)
         if fabric.is_global_zero:
-            paths = self.save(folder)
             folder.write_results(results)
             fabric.print(f"Wrote {', '.join(map(str, paths))} and {folder.results}")
         return results
@@ -187,8 +187,12 @@ class Task(ABC):
             final = {**(summary.last or {}), **self.evaluate("test")}
             if best is not None:
                 latest = {name: tensor.clone() for name, tensor in self.distiller.state_dict().items()}
-                self._load_checkpoint(folder.best)
-                best = {**best, **self.evaluate("test")}
+                try:
+                    self._load_checkpoint(folder.best)
+                    best = {**best, **self.evaluate("test")}
+                except UserError as error:
+                    best = None
+                    warnings.warn(f"Left the best epoch out of the results: {error}", stacklevel=2)
                 self.distiller.load_state_dict(latest)
         machine = describe_machine(self.trainer.device)
         details = self.details()

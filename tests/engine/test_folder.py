@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gkd import __version__
+from gkd.engine.checkpoint import load_checkpoint, save_checkpoint
 from gkd.engine.folder import RunFolder, describe_machine, peak_memory, read_description, save_student
 from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, read_metrics
 from gkd.errors import UserError
@@ -37,13 +42,37 @@ def test_overwriting_removes_nothing_of_other_origin(tmp_path):
 
 
 def test_what_cannot_be_prepared(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        RunFolder(tmp_path / "typo").prepare(resume=True)
     with pytest.raises(UserError, match="got both"):
         RunFolder(tmp_path).prepare(resume=True, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="got the file"):
         RunFolder(tmp_path / "file").prepare()
+
+
+def test_resuming_what_is_not_there_starts(tmp_path):
+    folder = RunFolder(tmp_path / "new" / "run")
+    folder.prepare(resume=True)
+    assert folder.path.is_dir()
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_a_killed_writer_left_is_removed(tmp_path, how):
+    folder = RunFolder(tmp_path)
+    folder.last.parent.mkdir()
+    mine = tmp_path / ".notes.tmp"
+    left = [tmp_path / ".results.json.a1b2c3d4.tmp", folder.last.parent / ".last.pt.x_y_z_00.tmp"]
+    for path in (mine, *left):
+        path.write_bytes(b"half")
+    folder.prepare(**{how: True})
+    assert mine.exists()
+    assert not any(path.exists() for path in left)
+
+
+def test_results_are_strict_json(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_results({"final": {"loss": float("nan"), "top1": [1.0, float("inf")]}, "seconds": 1.5})
+    strict = json.loads(folder.results.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert strict == {"final": {"loss": None, "top1": [1.0, None]}, "seconds": 1.5}
 
 
 def test_changed_bindings(tmp_path):
@@ -59,11 +88,39 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
 
     def fail(file):
         file.write(b"ne")
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"to write .*file \(got: No space left on device\).* --resume"):
         write_atomic(path, fail)
     assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_message():
+    metrics = MetricsFile(Path("/dev/full"))
+    with pytest.raises(UserError, match="No space left on device"):
+        metrics.write({"kind": "train"})
+
+
+def test_a_full_disk_under_torch_save_is_one_message(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+    with limited_file_size(4096), pytest.raises(UserError, match="File too large"):
+        save_checkpoint(path, {"weights": torch.randn(100_000)})
+    assert load_checkpoint(path) == {"step": 1}
+
+
+@contextlib.contextmanager
+def limited_file_size(size: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_student_file_keeps_names_and_description(tmp_path):

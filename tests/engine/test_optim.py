@@ -51,7 +51,7 @@ def test_wrong_settings():
         MultiStep((5, 2))
     with pytest.raises(ValueError, match="'epoch' or 'step'"):
         Cosine(unit="iteration")
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="> 0 and < 1"):
         OneCycle(rise=30)
     with pytest.raises(ValueError, match=r"Expected at least one parameter .* Flatten"):
         SGD()(nn.Flatten())

@@ -145,6 +145,25 @@ def test_held_out_images_choose_and_test_images_are_looked_at_in_the_end(tmp_pat
     assert all(torch.equal(value, last[f"student.{name}"]) for name, value in task.student.state_dict().items())
 
 
+@pytest.mark.parametrize("damage", [lambda best: best.unlink(), lambda best: best.write_bytes(best.read_bytes()[:1000])])
+def test_without_the_best_checkpoint_there_are_a_student_and_results(tmp_path, damage):
+    folder = RunFolder(tmp_path / "run")
+
+    def task() -> Classification:
+        return Classification(Network("resnet8"), data=data(holdout=8), batch_size=8, trainer=trainer())
+
+    whole = task().train(folder)
+    folder.results.unlink()
+    damage(folder.best)
+    with pytest.warns(UserWarning, match="Left the best epoch out of the results"):
+        results = task().train(folder, resume=True)
+    assert results["best"] is None
+    assert whole["best"] is not None
+    assert results["final"] == whole["final"]
+    assert folder.student.is_file()
+    assert json.loads(folder.results.read_text()) == results
+
+
 def test_evaluation_needs_weights(tmp_path, teacher_file):
     with pytest.raises(UserError, match="Expected a checkpoint"):
         Classification(Network("resnet8"), data=data(), trainer=trainer(), batch_size=4).load(RunFolder(tmp_path))

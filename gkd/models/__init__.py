@@ -2,6 +2,7 @@
 
 from gkd.models.adapters import ChannelAdapter
 from gkd.models.checkpoints import read_weights
+from gkd.models.classes import class_order
 from gkd.models.classifiers import build_classifier
 from gkd.models.listing import TapShape, list_taps
 from gkd.models.maps import tokens_to_map
@@ -16,6 +17,7 @@ __all__ = [
     "TapShape",
     "Teacher",
     "build_classifier",
+    "class_order",
     "list_taps",
     "load_weights",
     "read_logits",

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import nn
+
 
 def class_order(network_classes: Sequence[str], data_classes: Sequence[str], source: str = "the teacher") -> list[int] | None:
     """Compares the classes of a network with those of the data.
@@ -40,3 +43,18 @@ def class_order(network_classes: Sequence[str], data_classes: Sequence[str], sou
         )
     position = {name: place for place, name in enumerate(theirs)}
     return [position[name] for name in ours]
+
+
+@torch.no_grad()
+def reorder_logits(model: nn.Module, larger: nn.Module, order: Sequence[int]) -> None:
+    """Puts the logits of a network into another order, in the weights of its last layer.
+
+    Args:
+        model: The network.
+        larger: The same network with more classes: what has another shape in it belongs to the last layer.
+        order: For every logit its former position.
+    """
+    entries = larger.state_dict()
+    for name, value in model.state_dict().items():
+        if value.shape != entries[name].shape:
+            value.copy_(value[torch.tensor(order, device=value.device)])

@@ -1,8 +1,9 @@
 """What can be trained: each task is a student, its data, its losses and how it is judged."""
 
 from gkd.tasks.accuracy import ClassifierEvaluator
-from gkd.tasks.classification import Classification, Network, load_student
+from gkd.tasks.classification import Classification
 from gkd.tasks.detection import Detection
+from gkd.tasks.network import Network, load_student
 from gkd.tasks.task import Task
 
 __all__ = ["Classification", "ClassifierEvaluator", "Detection", "Network", "Task", "load_student"]

@@ -2,73 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkd.data import Digits
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Trainer
 from gkd.engine.folder import read_description
 from gkd.errors import UserError
-from gkd.models import Teacher, build_classifier
+from gkd.models import class_order
 from gkd.tasks.accuracy import ClassifierEvaluator
 from gkd.tasks.export import export_onnx, export_program
+from gkd.tasks.network import Network
 from gkd.tasks.task import Task
 
 MOST_CONFUSED = 50_000  # images that the confusion matrix is counted from, about
-
-
-@dataclass(frozen=True)
-class Network:
-    """How a classifier is built; the number of classes comes from the data.
-
-    Args:
-        name: A name that `build_classifier` knows.
-        weights: File, or name of published weights, to start from. A teacher needs them.
-        options: Further arguments of the network.
-        mean: Mean of each channel of the images that a teacher was trained with. None: what its safetensors file says, or else the data's.
-        std: Standard deviations, likewise.
-        reverse_channels: A teacher that was trained with BGR images.
-    """
-
-    name: str
-    weights: str | None = None
-    options: Mapping[str, Any] | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    reverse_channels: bool = False
-
-    def build(self, num_classes: int) -> nn.Module:
-        """The network, with its weights."""
-        return build_classifier(self.name, num_classes=num_classes, weights=self.weights, **(self.options or {}))
-
-    def build_teacher(self, num_classes: int, student_mean: Sequence[float], student_std: Sequence[float]) -> Teacher:
-        """The network as a teacher of a student whose images are normalised by the statistics given.
-
-        Raises:
-            UserError: If there are no weights.
-        """
-        if self.weights is None:
-            raise UserError(
-                f"Expected weights of the teacher {self.name} (got none). Set teacher/Network.weights to a file; "
-                "a training with this network as its student makes one, student.safetensors in its run folder."
-            )
-        model = self.build(num_classes)
-        described = read_description(self.weights) if self.weights.endswith(".safetensors") else {}
-        mean, std = (self.mean, self.std) if self.mean or self.std else (described.get("mean"), described.get("std"))
-        return Teacher(
-            model,
-            mean=student_mean if mean is None else mean,
-            std=student_std if std is None else std,
-            student_mean=student_mean,
-            student_std=student_std,
-            reverse_channels=self.reverse_channels,
-        )
 
 
 class Classification(Task):
@@ -113,9 +65,17 @@ class Classification(Task):
     ) -> None:
         super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         self.network, self.name, self.initial_weights = student, student.name, student.weights
-        self.student = student.build(self.data.num_classes)
-        self.teacher = None if teacher is None else teacher.build_teacher(self.data.num_classes, self.data.mean, self.data.std)
+        built = student.build(self.data)
+        self.student, self._new_layers = built.model, built.new_layers
+        self.teacher, difference = (None, "") if teacher is None else teacher.build_teacher(self.data)
         self.distiller = distiller(student=self.student, teacher=self.teacher, input_size=self.data.input_size)
+        comparing = [name for name, term in self.distiller.terms.items() if getattr(term, "level", None) == "logits"]
+        if difference and comparing:
+            raise UserError(
+                f"Expected a teacher for the classes of the data, whose logits {', '.join(comparing)} can compare (got: {difference}). "
+                "Take one that was trained on them, name its classes in teacher/Network.classes, or compare features alone."
+            )
+        self._judge = None if difference else self.teacher  # with whose answers the student's are compared
         if self.distiller.remembers_samples:
             self.distiller.set_targets(self.data.targets("train"))
         self.place()
@@ -129,11 +89,29 @@ class Classification(Task):
                 partial(self.eval_batches, split),
                 self.data.num_classes,
                 self.trainer.device,
-                teacher=self.teacher,
+                teacher=self._judge,
                 split=split,
                 channels_last=self.trainer.channels_last,
             )
         return dict(self._evaluators[split]())
+
+    def load(self, folder: RunFolder) -> Path | str:
+        """See :meth:`Task.load`; a student for other classes, or for none yet, is refused."""
+        if folder.last.is_file():
+            if folder.student.is_file():
+                classes = read_description(folder.student).get("classes", self.data.classes)
+                if class_order(classes, self.data.classes, f"the run {folder.path}") is not None:
+                    trained, current = (", ".join(names[:3]) for names in (classes, self.data.classes))
+                    raise UserError(
+                        f"Expected the classes of the data in the order that {folder.path} was trained with, {trained}, ... "
+                        f"(got {current}, ...). Evaluate {folder.student} instead: set student/Network.weights to it."
+                    )
+        elif self._new_layers:
+            raise UserError(
+                f"Expected weights for the {self.data.num_classes} classes of the data (got {self.initial_weights}, for others: "
+                f"{', '.join(self._new_layers)} would be random numbers). Train first."
+            )
+        return super().load(folder)
 
     def metrics(self, batch: tuple) -> Mapping[str, Tensor]:
         """Share of the batch that the student names right, in percent."""
@@ -178,20 +156,3 @@ class Classification(Task):
         write, path = writers[kind]
         write(self.student, self.data.input_size, path)
         return path
-
-
-def load_student(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds the classifier in a student.safetensors, in eval mode, with what the file says of it (classes, mean, std, input_size).
-
-    Raises:
-        UserError: If the file does not say what it holds.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"Expected a student.safetensors at {path} (got no such file)")
-    description = read_description(path)
-    if "model" not in description:
-        raise UserError(
-            f"Expected a file that gkd wrote at {path} (got weights without a description); use build_classifier(name, weights=...)"
-        )
-    model = build_classifier(description["model"], num_classes=description["num_classes"], weights=str(path), **description["options"])
-    return model.eval(), description

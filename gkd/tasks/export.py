@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gkd.errors import UserError
 from gkd.files import write_atomic
+from gkd.models import read_logits
 
 TOLERANCE = 1e-3  # largest difference, relative to the largest output: what other kernels may round differently
 
@@ -95,7 +96,22 @@ def _for_export(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module,
     for module in model.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    return model.to(memory_format=torch.contiguous_format), torch.zeros(2, *input_size)
+    images = torch.zeros(2, *input_size)
+    with torch.no_grad():
+        if not isinstance(model(images), Tensor):
+            model = _Logits(model)
+    return model.to(memory_format=torch.contiguous_format), images
+
+
+class _Logits(nn.Module):
+    """A network whose logits are all of its output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return read_logits(self.model(images))
 
 
 def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:

@@ -110,7 +110,9 @@ def test_teacher_sees_the_statistics_it_was_trained_with(distilled):
 
 
 def test_statistics_that_are_said_win_over_those_of_the_file(teacher_file):
-    teacher = Network("resnet8x4", weights=teacher_file, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).build_teacher(4, (0.0,) * 3, (1.0,) * 3)
+    images = data()
+    images.mean, images.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    teacher, _ = Network("resnet8x4", weights=teacher_file, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).build_teacher(images)
     images = torch.rand(1, 3, 32, 32)
     assert teacher.normalize(images) is images
     assert read_description(teacher_file)["mean"] == [0.4, 0.5, 0.6]

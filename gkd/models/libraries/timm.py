@@ -45,11 +45,11 @@ def open_timm(name: str, num_classes: int | None, weights: str | None, options: 
         if not pretrained and not name.startswith(HUBS):
             raise
         raise not_downloaded(f"timm's weights of {name}", error, "download them on another machine") from error
-    config = model.pretrained_cfg
-    classes = int(config.get("num_classes", 1000)) or None
+    about: Any = model.pretrained_cfg
+    classes = int(about.get("num_classes", 1000)) or None
     layers: list[str] = []
     if pretrained and num_classes is not None and num_classes != classes:
-        head = config.get("classifier") or "head"
+        head = about.get("classifier") or "head"
         layers = [head] if isinstance(head, str) else list(head)
         say_new_head(layers, f"timm's weights of {name}", classes, num_classes)
     if not pretrained and weights is not None and num_classes not in (None, classes):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
+import os
 import re
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,16 @@ from typing import Any
 import gin.config as gin_config
 import gin.config_parser as config_parser
 
+from gkd.arguments import ArgumentError, check_arguments, describe_value
 from gkd.errors import UserError
+from gkd.sources import find_source, read_source
 
 PARTS = ("graphs", "losses", "models", "distill", "data", "engine", "tasks", "detection", "detection.d2", "sweep")
 MODULES = tuple(f"gkd.{part}" for part in PARTS)
-ROOT = Path(__file__).resolve().parents[1]  # include paths are written from the repository root
 MACRO = "gin.macro"
 
 # What a wrong value may raise in a constructor. Anything else is a defect of the code and keeps its traceback.
-BUILD_ERRORS = (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError)
+BUILD_ERRORS = (ValueError, OSError, ImportError)
 
 Key = tuple[str, str, str]  # scope, complete selector, parameter
 
@@ -46,12 +49,18 @@ class Binding:
         scope, selector, parameter = self.key
         if selector == MACRO:
             return scope
-        return f"{scope + '/' if scope else ''}{selector.rsplit('.', 1)[-1]}.{parameter}"
+        return _name(scope, selector, parameter)
 
     @property
     def references(self) -> list[tuple[str, str]]:
         """Scope and selector of everything that the value refers to."""
-        return [(reference.config_key[0], reference.config_key[1]) for reference in gin_config.iterate_references({"": {"": self.value}})]
+        return [reference.config_key for reference in gin_config.iterate_references({"": {"": self.value}})]
+
+    @property
+    def called(self) -> list[tuple[str, str]]:
+        """Of these, what is built or looked up for the value, and not handed over as it is."""
+        references = gin_config.iterate_references({"": {"": self.value}})
+        return [reference.config_key for reference in references if reference.evaluate]
 
 
 class Config:
@@ -60,7 +69,7 @@ class Config:
     gin keeps its state in one place for the whole process, so a new configuration ends the one before.
 
     Args:
-        files: Files to read, one after the other; later bindings win. Searched for from the working directory and from the repository root.
+        files: Files to read, one after the other; later bindings win. Looked for in the current folder and among the recipes of gkd.
         overrides: Further bindings, such as ``'KNNEdges.k = 16'``.
         modules: Packages whose ``__all__`` can be bound.
 
@@ -80,6 +89,7 @@ class Config:
         for override in overrides:
             self._read(override, f"--set {override!r}")
         self._check_macros()
+        self._check_circles()
         try:
             gin_config.finalize()
         except (ValueError, RuntimeError) as error:
@@ -108,6 +118,8 @@ class Config:
         """
         try:
             built = gin_config.get_configurable(root)()
+        except _WrongValueError as error:
+            raise UserError(self._explain_value(error)) from error
         except BUILD_ERRORS as error:
             raise UserError(_explain(error)) from error
         self._check_reached(root)
@@ -116,48 +128,39 @@ class Config:
     @property
     def text(self) -> str:
         """The operative configuration: every parameter of every object that was built, in a form that can be read again."""
-        imports = "".join(f"import {module}\n" for module in self._imports)
+        imports = "".join(f"import {module}\n" for module in dict.fromkeys(self._imports))
         return imports + gin_config.operative_config_str(max_line_length=140)
 
     # ---------------------------------------------------------------- reading
 
     def _read_file(self, name: str, asked_by: str) -> None:
-        path = next((place / name for place in (Path.cwd(), ROOT) if (place / name).is_file()), None)
-        if path is None:
-            folder = (ROOT / name).parent
-            near = difflib.get_close_matches(Path(name).name, [file.name for file in folder.glob("*.gin")] if folder.is_dir() else [])
-            raise UserError(
-                f"Expected the configuration file {name}, asked for by {asked_by} (got no such file in {Path.cwd()} or {ROOT})."
-                f"{_did_you_mean(str(Path(name).parent / file) for file in near)}"
-            )
-        path = path.resolve()
+        path = find_source(name, asked_by, self._open[-1] if self._open else None)
         if path in self._open:
             raise UserError(f"Expected includes without a circle (got {' -> '.join(file.name for file in [*self._open, path])})")
         self._open.append(path)
-        self._read(path.read_text(), name)
+        self._read(read_source(path), name)
         self._open.pop()
 
     def _read(self, text: str, source: str) -> None:
-        try:
-            parser = config_parser.ConfigParser(text, _Delegate())
-            for statement in parser:
-                place = f"{source}:{statement.location.line_num}" if self._open else source
-                self._take(statement, place)
-        except (SyntaxError, tokenize.TokenError) as error:
-            line = error.args[1][1] if len(error.args) > 1 and isinstance(error.args[1], tuple) else "?"
-            raise UserError(
-                f"Expected bindings such as Name.parameter = value in {source}, line {line} (got: {error.args[0]}). "
-                "Strings need quotes: Name.path = 'folder/file'."
-            ) from error
+        statements = iter(config_parser.ConfigParser(text, _Delegate()))
+        while True:
+            try:
+                statement = next(statements, None)
+            except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as error:
+                line = error.args[1][1] if len(error.args) > 1 and isinstance(error.args[1], tuple) else "?"
+                raise UserError(
+                    f"Expected bindings such as Name.parameter = value in {source}, line {line} (got: {_first_line(error)}). "
+                    "Strings need quotes: Name.path = 'folder/file'."
+                ) from error
+            if statement is None:
+                return
+            self._take(statement, f"{source}:{statement.location.line_num}" if self._open else source)
 
     def _take(self, statement: Any, place: str) -> None:
         if isinstance(statement, config_parser.IncludeStatement):
             self._read_file(statement.filename, place)
         elif isinstance(statement, config_parser.ImportStatement):
-            try:
-                importlib.import_module(statement.module)
-            except ImportError as error:
-                raise UserError(f"Expected a module to import in {place} (got {statement.module}: {error})") from error
+            _import(statement.module, place)
             self._imports.append(statement.module)
         elif isinstance(statement, config_parser.BlockDeclaration):
             _check_name(statement.selector, place)
@@ -200,6 +203,30 @@ class Config:
                         f"{_did_you_mean('%' + name for name in difflib.get_close_matches(scope, macros))}"
                     )
 
+    def _check_circles(self) -> None:
+        """Raises where a value is needed to make itself."""
+        live = self._live
+        parameters: dict[str, set[str]] = {}
+        for _, selector, parameter in live:
+            parameters.setdefault(selector, set()).add(parameter)
+        finished: set[tuple[str, str]] = set()
+
+        def visit(scope: str, selector: str, path: list[tuple[str, str]]) -> None:
+            node = (scope, selector)
+            if node in path:
+                names = [f"%{part[0]}" if part[1] == MACRO else _object_name(*part) for part in [*path[path.index(node) :], node]]
+                raise UserError(f"Expected values without a circle (got {' -> '.join(names)})")
+            if node in finished:
+                return
+            for parameter in parameters.get(selector, ()):
+                key = _effective((scope, selector, parameter), live)
+                for called_scope, called in live[key].called if key else ():
+                    visit(called_scope or scope, called, [*path, node])
+            finished.add(node)
+
+        for scope, selector, _ in live:
+            visit(scope, selector, [])
+
     def _check_reached(self, root: str) -> None:
         """Raises for bindings that no constructor read.
 
@@ -230,6 +257,21 @@ class Config:
                 f"{_did_you_mean(near)} Correct the name or the scope, or remove the binding."
             )
 
+    def _explain_value(self, error: _WrongValueError) -> str:
+        """What a value should have been, and where it comes from, through all macros."""
+        live = self._live
+        key = _effective(error.key, live)
+        assert key is not None, "only bound values are checked"
+        binding = first = live[key]
+        while isinstance(binding.value, gin_config.ConfigurableReference) and binding.value.config_key[1] == MACRO:
+            binding = live[(binding.value.config_key[0], MACRO, "value")]
+        got = repr(binding.value) if binding.references else describe_value(error.value)
+        text = f"Expected {first.name} to be {error.expected} (got {got}) in {binding.place}"
+        if binding is not first:
+            text += f", by {binding.name}"
+        uncalled = [repr(reference) for reference in gin_config.iterate_references({"": {"": binding.value}}) if not reference.evaluate]
+        return f"{text}. Write {uncalled[0]}(), with brackets, for an object of the class." if uncalled else text
+
     def _replaced(self) -> Iterator[tuple[tuple[str, str], int]]:
         """What values referred to that were bound again later, and when that was."""
         current: dict[Key, Binding] = {}
@@ -255,13 +297,65 @@ def register(module: str) -> None:
     package = importlib.import_module(module)
     for name in package.__all__:
         listed = getattr(package, name)
-        if not (inspect.isclass(listed) or inspect.isfunction(listed)) or _registered.get(name) is listed:
+        is_buildable = inspect.isfunction(listed) or (inspect.isclass(listed) and not issubclass(listed, BaseException))
+        if not is_buildable or _registered.get(name) is listed:
             continue
         if name in _registered:
             raise ValueError(f"Expected one object named {name} in all packages (got {_registered[name]!r} and {listed!r})")
         with gin_config.unlock_config():
-            gin_config.external_configurable(listed, name=name, module=module)
+            gin_config.external_configurable(_checked(listed, f"{module}.{name}"), name=name, module=module)
         _registered[name] = listed
+
+
+class _WrongValueError(ValueError):
+    """A bound value that the annotation of its parameter does not allow."""
+
+    def __init__(self, key: Key, error: ArgumentError) -> None:
+        super().__init__(str(error))
+        self.key, self.expected, self.value = key, error.expected, error.value
+
+
+def _checked(listed: Callable[..., Any], selector: str) -> Callable[..., Any]:
+    """The class or function itself, but what gin binds is checked against the annotations, and ``~`` is the home folder."""
+    signature = inspect.signature(listed)
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = signature.parameters.values()
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty and parameter.kind not in open_ended}
+
+    @functools.wraps(listed, updated=())
+    def build(*args: Any, **kwargs: Any) -> Any:
+        missing = sorted(required - signature.bind_partial(*args, **kwargs).arguments.keys())
+        if missing:
+            raise ValueError(f"Expected a value for {', '.join(map(repr, missing))} (got none)")
+        bound = {name: kwargs[name] for name in gin_config.get_bindings(selector, resolve_references=False) if name in kwargs}
+        try:
+            check_arguments(listed, bound)
+        except ArgumentError as error:
+            raise _WrongValueError((gin_config.current_scope_str(), selector, error.parameter), error) from None
+        return listed(*args, **{**kwargs, **{name: _at_home(value) for name, value in bound.items()}})
+
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    return build
+
+
+def _at_home(value: Any) -> Any:
+    """The value with the home folder for ``~`` in paths."""
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return os.path.expanduser(value)
+    return type(value)(map(_at_home, value)) if type(value) in (list, tuple) else value
+
+
+def _import(module: str, place: str) -> None:
+    """Imports what a configuration file asks for and registers what it lists."""
+    try:
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"Expected a module to import in {place} (got {module}: {error})") from error
+    if hasattr(imported, "__all__"):
+        try:
+            register(module)
+        except ValueError as error:
+            raise UserError(f"{error}, imported in {place}. Rename yours.") from error
 
 
 class _Delegate(gin_config.ParserDelegate):
@@ -309,19 +403,19 @@ def _is_prefix(scope: str, other: str) -> bool:
     return not scope or other == scope or other.startswith(scope + "/")
 
 
+def _object_name(scope: str, selector: str) -> str:
+    return f"{scope + '/' if scope else ''}{selector.rsplit('.', 1)[-1]}"
+
+
 def _name(scope: str, selector: str, parameter: str) -> str:
-    return f"{scope + '/' if scope else ''}{selector.rsplit('.', 1)[-1]}.{parameter}"
+    return f"{_object_name(scope, selector)}.{parameter}"
 
 
 def _explain(error: Exception) -> str:
     """The message of a constructor, and where in the configuration that was; gin appends a line for each object around it."""
     message, *_ = re.split(r"\n  (?:In call to configurable|No values supplied by Gin)", str(error), maxsplit=1)
-    if isinstance(error, TypeError):
-        missing = re.search(r"No values supplied by Gin or caller for arguments: \[([^]]*)\]", str(error))
-        if missing and "missing" in message:
-            message = f"Expected a value for {missing.group(1)} (got none)"
     calls = re.findall(r"In call to configurable '([^']+)' \(.*\)(?: in scope '([^']+)')?", str(error))
-    place = " of ".join(f"{scope + '/' if scope else ''}{name}" for name, scope in calls)
+    place = " of ".join(_object_name(scope, name) for name, scope in calls)
     return f"{message}\n  while building {place}" if place else message
 
 

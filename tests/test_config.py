@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 import sys
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from gkd import config as config_module
 from gkd.config import MODULES, configure, register
 from gkd.errors import UserError
 
@@ -32,6 +35,11 @@ class Car:
     engine: Engine | None = None
     spare: Wheel | None = None
     parts: dict = field(default_factory=dict)
+    maker: Callable[..., Wheel] | None = None
+    gears: Sequence[float] = ()
+    drive: Literal["front", "rear"] = "front"
+    open: bool = False
+    manual: str | Path = "manual.txt"
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +124,21 @@ def test_scopes(write):
         ("Wheel.size = 0", r"Expected a positive size \(got 0\)\n  while building Wheel"),
         ("Car.engine = @Engine()", r"Expected a value for 'power' \(got none\)\n  while building Engine"),
         ("Wheel.size = %gin.REQUIRED", r"complete configuration"),
+        ("Wheel.size = 2.5", r"^Expected Wheel.size to be an integer \(got 2.5\) in car.gin:4$"),
+        ("SIZE = '3'", r"^Expected Wheel.size to be an integer \(got '3'\) in car.gin:4, by SIZE$"),
+        ("Wheel.size = True", r"Wheel.size to be an integer \(got True\)"),
+        ("Wheel.material = None", r"Wheel.material to be a string \(got None\)"),
+        ("Car.open = 'False'", r"Car.open to be True or False \(got 'False'\)"),
+        ("Car.drive = 'all'", r"Car.drive to be 'front' or 'rear' \(got 'all'\)"),
+        ("Car.gears = 3", r"Car.gears to be a list or tuple of numbers \(got 3\)"),
+        ("Car.gears = (1, 'two')", r"Car.gears to be a list or tuple of numbers \(got \(1, 'two'\)\)"),
+        ("Car.gears = (1, 1e999)", r"Car.gears to be a list or tuple of numbers"),
+        ("Car.wheel = @Wheel", r"Car.wheel to be a Wheel object or None \(got @Wheel\) in car.gin:4. Write @Wheel\(\), with brackets"),
+        ("Car.engine = @Wheel()", r"Car.engine to be an Engine object or None \(got @Wheel\(\)\) in car.gin:4"),
+        ("A = %B\nB = %A\nWheel.material = %A", r"without a circle \(got %A -> %B -> %A\)"),
+        ("Car.spare = @spare/Car()", r"without a circle \(got spare/Car -> spare/Car\)"),
+        ("Wheel.size = " + "[" * 300 + "]" * 300, r"in car.gin"),
+        ("Wheel.size = " + "9" * 5000, r"in car.gin"),
     ],
 )
 def test_mistakes_are_one_message(write, line, message):
@@ -148,7 +171,7 @@ def test_a_binding_that_scopes_hide_everywhere_reaches_nothing(write):
 
 def test_what_the_caller_gives_cannot_be_bound(write):
     # Built in code with its size said there: the binding reaches nothing.
-    config = configure([write("car.gin", "Car.wheel = @Wheel\nWheel.size = 3\n")], modules=["garage"])
+    config = configure([write("car.gin", "Car.maker = @Wheel\nWheel.size = 3\n")], modules=["garage"])
     with pytest.raises(UserError, match=r"Wheel\.size"):
         config.build("Car")
 
@@ -184,4 +207,73 @@ def test_only_this_module_imports_gin(repository):
         path for path in sources if any(line.lstrip().startswith(("import gin", "from gin")) for line in path.read_text().splitlines())
     ]
     assert importing == [repository / "gkd" / "config.py"]
-    assert repository == config_module.ROOT
+
+
+def test_numbers_and_lists_may_be_written_in_any_form(write):
+    car = build([write("car.gin", "Car.gears = [3, 2.5]\nCar.engine = @Engine()\nEngine.power = 75\nCar.manual = '~/manual.txt'\n")])
+    assert (car.gears, car.engine.power) == ([3, 2.5], 75)
+    assert car.manual == os.path.expanduser("~/manual.txt")
+
+
+def test_an_object_given_to_whom_a_class_is_due_is_explained(write):
+    with pytest.raises(UserError, match=r"Car.maker to be a class or function or None \(got @Wheel\(\)\) in car.gin:1"):
+        build([write("car.gin", "Car.maker = @Wheel()\n")])
+
+
+def test_values_of_code_are_not_checked(write):
+    # The binding is wrong only where it is used.
+    config = configure([write("car.gin", "Car.maker = @Wheel\nWheel.material = 3\n")], modules=["garage"])
+    with pytest.raises(UserError, match=r"Wheel\.material"):
+        config.build("Car")
+    assert Wheel(2, 3).material == 3
+
+
+def test_includes_are_looked_for_beside_the_file_then_here(write, tmp_path, monkeypatch):
+    write("set/wheels.gin", "Wheel.size = 3\nCar.wheel = @Wheel()\n")
+    write("set/car.gin", "include 'wheels.gin'\n")
+    assert build(["set/car.gin"]) == Car(Wheel(3))
+    write("wheels.gin", "Wheel.size = 4\nCar.wheel = @Wheel()\n")
+    assert build(["set/car.gin"]) == Car(Wheel(3))
+    (tmp_path / "set" / "wheels.gin").unlink()
+    assert build(["set/car.gin"]) == Car(Wheel(4))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build(["~/set/car.gin"]) == Car(Wheel(4))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_files_are_utf8(write, tmp_path, encoding):
+    (tmp_path / "car.gin").write_bytes("Wheel.material = 'Eichenholz, geölt'\r\nCar.wheel = @Wheel()\r\n".encode(encoding))
+    assert build(["car.gin"]) == Car(Wheel(20, "Eichenholz, geölt"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "utf-16-be"])
+def test_other_encodings_are_named(write, tmp_path, encoding):
+    (tmp_path / "car.gin").write_bytes("Car.wheel = @Wheel()\nWheel.material = 'geölt'\n".encode(encoding))
+    with pytest.raises(UserError, match=r"car.gin.*UTF-8"):
+        build(["car.gin"])
+
+
+def test_an_import_registers_what_the_module_lists(write, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    write("my_trailers.py", "__all__ = ['Trailer']\nclass Trailer:\n    def __init__(self, load: int): self.load = load\n")
+    file = write("car.gin", "import my_trailers\nCar.parts = {'trailer': @Trailer()}\nTrailer.load = 3\n")
+    config = configure([file], modules=["garage"])
+    trailer = config.build("Car").parts["trailer"]
+    assert (type(trailer).__name__, trailer.load) == ("Trailer", 3)
+    assert config.text.startswith("import my_trailers\n")
+    with pytest.raises(UserError, match=r"Trailer.load to be an integer \(got 'much'\) in --set"):
+        build([file], ["Trailer.load = 'much'"])
+
+
+def test_an_imported_name_that_is_taken_is_one_message(write, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    write("my_wheels.py", "__all__ = ['Wheel']\nclass Wheel: ...\n")
+    with pytest.raises(UserError, match=r"one object named Wheel.* imported in car.gin:1"):
+        build([write("car.gin", "import my_wheels\nCar.wheel = @Wheel()\n")])
+
+
+def test_a_defect_of_an_imported_module_keeps_its_traceback(write, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    write("my_mistake.py", "def broken(:\n")
+    with pytest.raises(SyntaxError):
+        build([write("car.gin", "import my_mistake\n")])

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gkd.config import ROOT, configure
+from gkd.config import configure
 from gkd.models import build_classifier
+from gkd.sources import RECIPES
 
-FOLDER = ROOT / "gin"
+FOLDER = RECIPES
 RUNS = sorted([*FOLDER.glob("classification/*.gin"), FOLDER / "quickstart_classification.gin"])
 DETECTION = ("cwd", "dsig", "fgd", "mgd", "pkd")
 METHODS = sorted(path for path in FOLDER.glob("methods/*.gin") if path.stem not in DETECTION)

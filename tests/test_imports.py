@@ -26,6 +26,8 @@ LAYERS: dict[str, set[str]] = {
     "tasks": {"engine", "distill", "models", "data", "detection", "viz"},  # viz when a report is drawn
     "viz": {"graphs", "engine", "models"},
     "sweep": {"engine", "viz"},
+    "arguments": set(),
+    "sources": set(),
     "errors": set(),
     "files": set(),
     "__init__": set(),

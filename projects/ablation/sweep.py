@@ -13,10 +13,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from gkd.cli.main import run as run_command
-from gkd.config import ROOT, configure
+from gkd.config import configure
 from gkd.engine.folder import save_student
 from gkd.files import write_atomic
 from gkd.sweep.cells import Job, make_teacher, work
@@ -27,6 +25,8 @@ from gkd.viz.comparison import write_comparison
 from gkd.viz.report import read_metrics
 from gkd.viz.style import can_draw, figure_to_svg
 from gkd.viz.table import Run, compare
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Commands:

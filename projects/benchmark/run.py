@@ -12,16 +12,14 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from gkd.config import ROOT, configure
+from gkd.config import configure
 from gkd.errors import UserError
+from gkd.sources import RECIPES
 
 
 def run(files: Sequence[str], overrides: Sequence[str]) -> None:
     name = Path(files[0]).stem
-    known = sorted(file.stem for file in (ROOT / "gin" / "benchmark").glob("*.gin"))
+    known = sorted(file.stem for file in (RECIPES / "benchmark").glob("*.gin"))
     if name not in known:
         raise UserError(f"Expected the first --gin file to be named after a benchmark, {', '.join(known)} (got {files[0]})")
     (root,) = importlib.import_module(name).__all__

@@ -13,8 +13,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from rich.console import Console
 
 from gkd.cli.main import run as run_command

@@ -28,8 +28,6 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torchvision.ops import roi_align
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from gkd.graphs import (
     AttentionEdges,
     ChannelNodes,

@@ -15,7 +15,7 @@ from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
-from gkd.losses.term import RemembersSamples, Term
+from gkd.losses.term import ChecksParts, RemembersSamples, Term
 from gkd.models import ChannelAdapter, Teacher, read_logits
 
 
@@ -111,6 +111,7 @@ class Distiller(nn.Module):
         names = [LossName("task"), *(name for call in calls for name in call.names)]
         self._schedules = resolve_weights(weights or {}, names)
         self._calls = [call for call in calls if not all(self._schedules[name].always_zero for name in call.losses.values())]
+        self._check_parts(terms)
         self._paths = {stage: path for stage, path in paths.items() if any(stage in call.stages for call in self._calls)}
         self.__dict__["_student_taps"] = self.networks.student_taps(student, _unique(path for path, _ in self._paths.values()))
         teacher_paths = _unique(path for _, path in self._paths.values())
@@ -334,6 +335,17 @@ class Distiller(nn.Module):
                 else:
                     module.build({stage: shapes[stage] for stage in call.stages}, {stage: teacher[stage] for stage in call.stages})
             self.terms[call.key] = module
+
+    def _check_parts(self, modules: Mapping[str, nn.Module]) -> None:
+        for name in dict.fromkeys(call.name for call in self._calls):
+            module = modules[name]
+            if isinstance(module, ChecksParts):
+                calls = [call for call in self._calls if call.name == name]
+                idle = {loss for call in calls for loss in call.losses.values() if self._schedules[loss].always_zero}
+                try:
+                    module.check_parts([part for part in Term.of(module).parts if any(call.losses[part] not in idle for call in calls)])
+                except ValueError as error:
+                    raise UserError(f"{error}, in the term '{name}'") from error
 
     def _fill_weights(self) -> None:
         # A tensor, so that neither a compiled nor a captured step is made anew when a ramp moves on.

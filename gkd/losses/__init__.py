@@ -19,17 +19,18 @@ from gkd.losses.features import (
     vid_loss,
 )
 from gkd.losses.graph import GraphLoss
-from gkd.losses.levels import LevelGraphLoss
 from gkd.losses.logits import (
     DISTLoss,
     DKDLoss,
     KDLoss,
     LogitMSELoss,
+    SigmoidKDLoss,
     StandardizedLogits,
     dist_loss,
     dkd_loss,
     kd_loss,
     logit_mse_loss,
+    sigmoid_kd_loss,
     standardize_logits,
 )
 from gkd.losses.regions import DsigLoss, FGDLoss, GlobalContext, fgd_focal_loss, foreground_mask, instance_graph_loss
@@ -73,7 +74,6 @@ __all__ = [
     "ICKDLoss",
     "IRGLoss",
     "KDLoss",
-    "LevelGraphLoss",
     "LogitMSELoss",
     "MGDLoss",
     "MessageLoss",
@@ -84,6 +84,7 @@ __all__ = [
     "RKDLoss",
     "ReviewKDLoss",
     "SPLoss",
+    "SigmoidKDLoss",
     "SpectralLoss",
     "StandardizedLogits",
     "Term",
@@ -123,6 +124,7 @@ __all__ = [
     "rkd_angle_loss",
     "rkd_distance_loss",
     "sample_negatives",
+    "sigmoid_kd_loss",
     "sp_loss",
     "spatial_attention",
     "spectrum_loss",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gkd.graphs.precision import as_float
+from gkd.losses.inputs import unit_scale
 
 
 def node_attention(x: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -118,9 +119,7 @@ def _softmax_of_mean_one(response: Tensor, temperature: float, mask: Tensor | No
     mask = torch.ones_like(response, dtype=torch.bool) if mask is None else mask
     response = response.where(mask, 0.0)
     count = mask.sum(dim=-1, keepdim=True)
-    # Divided by the largest response first: the mean of tiny or huge ones loses its digits.
-    top = response.amax(dim=-1, keepdim=True) if response.size(-1) else response.sum(dim=-1, keepdim=True)
-    share = response / top.where(top > 0, 1.0)
+    share = unit_scale(response, (-1,))
     mean = share.sum(dim=-1, keepdim=True) / count.clamp(min=1)
     logits = share / (mean.where(mean > 0, 1.0) * temperature)
     lowest = torch.finfo(logits.dtype).min  # finite for a graph without nodes too

@@ -11,7 +11,7 @@ from gkd.graphs.edges import KNNEdges
 from gkd.graphs.nodes import InstanceNodes
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import check_batch, check_same_shape, in_full_precision, pool
+from gkd.losses.inputs import as_input, check_batch, check_same_shape, in_full_precision, nan_if_diverged, pool
 
 __all__ = ["CRDLoss", "HKDLoss", "crd_loss", "info_nce_loss", "sample_negatives"]
 
@@ -180,28 +180,29 @@ class CRDLoss(nn.Module):
             and not 0 <= int(index.min()) <= int(index.max()) < self.num_samples
         ):
             raise ValueError(f"Expected index in [0, {self.num_samples}) (got {int(index.min())} to {int(index.max())})")
-        own = self.student_embedding(pool(student))
-        other = self.teacher_embedding(pool(teacher.detach()))
-        with full_precision(own):
-            own, other = unit_rows(as_float(own)), unit_rows(as_float(other))
+        embedded = [
+            layer(as_input(pool(as_float(features)), layer))
+            for layer, features in ((self.student_embedding, student), (self.teacher_embedding, teacher.detach()))
+        ]
+        with full_precision(student):
+            student_rows, teacher_rows = (unit_rows(as_float(rows)) for rows in embedded)
             negatives, counts = sample_negatives(self.num_samples, self.num_negatives, index, self.targets)
-            memories = self.get_buffer("student_memory"), self.get_buffer("teacher_memory")
-            loss = self._contrast(0, own, memories[1], index, negatives, counts) + self._contrast(
-                1, other, memories[0], index, negatives, counts
-            )
+            student_memory, teacher_memory = self.get_buffer("student_memory"), self.get_buffer("teacher_memory")
+            loss = self._contrast(0, student_rows, teacher_memory, index, negatives, counts)
+            loss = loss + self._contrast(1, teacher_rows, student_memory, index, negatives, counts)
             if self.training:
-                for memory, new in zip(memories, (own.detach(), other.detach()), strict=True):
-                    memory[index] = unit_rows(torch.lerp(new, memory[index], self.momentum))
+                for memory, rows in ((student_memory, student_rows.detach()), (teacher_memory, teacher_rows.detach())):
+                    memory[index] = unit_rows(torch.lerp(rows, memory[index].to(rows.dtype), self.momentum)).to(memory.dtype)
         return loss
 
     def _contrast(self, side: int, anchor: Tensor, memory: Tensor, index: Tensor, negatives: Tensor, counts: Tensor) -> Tensor:
         assert self.num_samples is not None
-        positive = (anchor * memory[index]).sum(1) / self.temperature
-        negative = anchor @ memory[negatives].mT / self.temperature
+        positive = (anchor * memory[index].to(anchor.dtype)).sum(1) / self.temperature
+        negative = anchor @ memory[negatives].to(anchor.dtype).mT / self.temperature
         with torch.no_grad():  # the normalisation is estimated from the first batch and stays
             total = positive.exp().mean() + self.num_negatives * (negative.exp() * counts).sum() / counts.sum().clamp(min=1)
             estimate = (total * self.num_samples / (self.num_negatives + 1)).log()
-            log_norm = torch.where(self.log_norm[side].isnan(), estimate, self.log_norm[side])
+            log_norm = torch.where(self.log_norm[side].isnan(), estimate, self.log_norm[side].to(estimate.dtype))
             if self.training:
                 self.log_norm[side] = log_norm
         return crd_loss(positive - log_norm, negative - log_norm, counts, self.num_samples)
@@ -254,13 +255,20 @@ class HKDLoss(nn.Module):
         if not self.networks:
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of HKDLoss")
         check_batch(student, teacher, at_least=self.k + 1)
-        own, own_holistic = self._embed(self.networks[0], pool(student))
-        other, other_holistic = self._embed(self.networks[1], pool(teacher.detach()))
-        return info_nce_loss(own, other, self.temperature) + info_nce_loss(own_holistic, other_holistic, self.temperature)
+        try:
+            student_rows, student_context = self._embed(self.networks[0], pool(as_float(student)))
+            teacher_rows, teacher_context = self._embed(self.networks[1], pool(as_float(teacher.detach())))
+        except ValueError as error:
+            return nan_if_diverged(error, student)
+        return info_nce_loss(student_rows, teacher_rows, self.temperature) + info_nce_loss(
+            student_context, teacher_context, self.temperature
+        )
 
     def _embed(self, network: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = network["embedding"](features)  # type: ignore[index]
+        embedding, conv = network["embedding"], network["conv"]  # type: ignore[index]
+        rows = embedding(as_input(features, embedding))
         with full_precision(features):
             edges = self.edges(self.nodes(features.detach()))
-            embedding = unit_rows(as_float(embedding))
-            return embedding, network["conv"](embedding, edges.edge_index, edges.edge_weight)  # type: ignore[index]
+            rows = unit_rows(as_float(rows))
+            weight = as_input(edges.edge_weight, conv)
+            return rows, conv(as_input(rows, conv), edges.edge_index, weight)

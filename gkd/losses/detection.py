@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.graphs.precision import as_float
-from gkd.losses.inputs import check_maps, check_same_shape, in_full_precision
+from gkd.losses.inputs import as_input, check_maps, check_same_shape, in_full_precision, sigmoid_divergence
 
 __all__ = ["CWDLoss", "DenseKDLoss", "MGDLoss", "PKDLoss", "cwd_loss", "dense_kd_loss", "pkd_loss"]
 
@@ -35,8 +35,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     check_same_shape(student, teacher)
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0 (got {temperature})")
-    own, goal = ((x.flatten(2) / temperature).log_softmax(2) for x in (student, teacher.detach()))
-    return F.kl_div(own, goal, reduction="sum", log_target=True) * temperature**2 / own.shape[:2].numel()
+    student_log, teacher_log = ((x.flatten(2) / temperature).log_softmax(2) for x in (student, teacher.detach()))
+    return F.kl_div(student_log, teacher_log, reduction="sum", log_target=True) * temperature**2 / student.shape[:2].numel()
 
 
 @in_full_precision
@@ -108,9 +108,7 @@ def dense_kd_loss(student: Tensor, teacher: Tensor, focus: float = 1.0) -> Tenso
     check_same_shape(student, teacher)
     if focus < 0:
         raise ValueError(f"Expected focus >= 0 (got {focus})")
-    goal = teacher.detach()
-    chance = goal.sigmoid()
-    divergence = chance * (F.logsigmoid(goal) - F.logsigmoid(student)) + (1 - chance) * (F.logsigmoid(-goal) - F.logsigmoid(-student))
+    chance, divergence = teacher.detach().sigmoid(), sigmoid_divergence(student, teacher.detach())
     if focus > 0:
         divergence = (student.sigmoid() - chance).abs().pow(focus) * divergence
     count = chance.amax(1).sum() if chance.numel() else chance.sum()
@@ -201,9 +199,9 @@ class MGDLoss(nn.Module):
         if self.generation is None:
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of MGDLoss")
         check_maps(student, teacher)
-        aligned = self.align(student)
+        aligned = self.align(as_input(student, self.align))
         check_same_shape(aligned, teacher)
         shape = (*aligned.shape[:2], 1, 1) if self.mask_channels else (len(aligned), 1, *aligned.shape[2:])
         kept = torch.rand(shape, device=aligned.device) >= self.mask_ratio
-        generated = self.generation(aligned * kept)
+        generated = self.generation(as_input(aligned * kept, self.generation))
         return (as_float(generated) - as_float(teacher.detach())).square().sum() / len(student)

@@ -161,6 +161,7 @@ class EdgeLoss(nn.Module):
 
     matched_nodes = True
     matched_features = False
+    reads_encoding = False
 
     def __init__(self, distance: Distance = "mse", temperature: float = 0.1, guidance: float | None = None) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
 from gkd.graphs.dense import to_padded
+from gkd.graphs.encodings import HeatKernelEncoding
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.matching import check_matched
@@ -103,9 +105,9 @@ def _turn(student: Tensor, teacher: Tensor, alignment: str) -> Tensor:
 
 
 def _check_options(distance: str, alignment: str) -> None:
-    for name, value, known in (("distance", distance, DISTANCES), ("alignment", alignment, ALIGNMENTS)):
-        if value not in known:
-            raise ValueError(f"Expected '{name}' to be one of {', '.join(known)} (got '{value}')")
+    for name, value, allowed in (("distance", distance, DISTANCES), ("alignment", alignment, ALIGNMENTS)):
+        if value not in allowed:
+            raise ValueError(f"Expected '{name}' to be one of {', '.join(allowed)} (got '{value}')")
     if alignment == "rotation" and distance == "standardized":
         raise ValueError("Expected distance 'cosine' or 'mse' with alignment='rotation', which mixes the columns (got 'standardized')")
 
@@ -118,7 +120,7 @@ class EncodingLoss(nn.Module):
 
     Args:
         encoding: Makes the encodings of both graphs, when the loss is computed; None takes ``pe``, which the graphs have of their
-            builder: ``GraphBuilder(..., encoding=HeatKernelEncoding())``.
+            builder (``GraphBuilder(..., encoding=RandomWalkEncoding())``), and the heat kernel signature where they have none.
         distance: 'standardized', 'cosine' or 'mse'.
         alignment: 'sign', or 'rotation' for eigenvectors whose order or basis is not to count.
 
@@ -126,7 +128,7 @@ class EncodingLoss(nn.Module):
         - **student**, **teacher**: graphs of equally many nodes with encodings of equal width; **output** scalar
 
     Raises:
-        ValueError: If an option is unknown, a graph has no encoding, or the graphs do not match.
+        ValueError: If an option is unknown, only one of the graphs has an encoding, or the graphs do not match.
 
     Examples:
         >>> from gkd.graphs import ChannelNodes, GraphBuilder, HeatKernelEncoding, KNNEdges
@@ -138,6 +140,11 @@ class EncodingLoss(nn.Module):
 
     matched_nodes = True
     matched_features = False
+
+    @property
+    def reads_encoding(self) -> bool:
+        """Whether it compares what the builder gave to the nodes."""
+        return self.encoding is None
 
     def __init__(
         self,
@@ -155,16 +162,22 @@ class EncodingLoss(nn.Module):
         """Returns the loss of two batches of graphs."""
         student, teacher = Spectrum.of(student), Spectrum.of(teacher)
         check_matched(student.mask, teacher.mask)
-        own = self._encode(student.graph)
+        encoding = self._encoding(student.graph, teacher.graph)
+        student_pe = encoding(student.graph)
         with torch.no_grad():
-            other = self._encode(teacher.graph)
-        return encoding_loss(own, other, student.mask, self.distance, self.alignment)
+            teacher_pe = encoding(teacher.graph)
+        padded = to_padded(student_pe, student.graph), to_padded(teacher_pe, teacher.graph)
+        return encoding_loss(*padded, student.mask, self.distance, self.alignment)
 
-    def _encode(self, graph: Data) -> Tensor:
-        pe = graph.get("pe") if self.encoding is None else self.encoding(graph)
-        if pe is None:
-            raise ValueError(f"Expected graphs with encodings 'pe' (got {graph}): give EncodingLoss or their GraphBuilder an encoding")
-        return to_padded(pe, graph)
+    def _encoding(self, student: Data, teacher: Data) -> Callable[[Data], Tensor]:
+        if self.encoding is not None:
+            return self.encoding
+        given = [graph.get("pe") is not None for graph in (student, teacher)]
+        if all(given):
+            return lambda graph: graph.pe
+        if any(given):
+            raise ValueError(f"Expected encodings 'pe' of both graphs or of none (got {student} and {teacher})")
+        return HeatKernelEncoding()
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""

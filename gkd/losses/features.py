@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import check_maps, check_same_shape, gram, in_full_precision, match_size, sum_of_squares
+from gkd.losses.inputs import as_input, check_maps, check_same_shape, gram, in_full_precision, match_size, sum_of_squares
 
 __all__ = [
     "ATLoss",
@@ -100,8 +100,7 @@ def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     if pixels * (c + d) <= c * c + c * d + d * d:
         difference = gram(student.mT) / c - gram(teacher.mT) / d
         return difference.square().sum() / len(student)
-    own, other, mixed = gram(student), gram(teacher), student @ teacher.mT
-    return own.square().mean() + other.square().mean() - 2 * mixed.square().mean()
+    return gram(student).square().mean() + gram(teacher).square().mean() - 2 * (student @ teacher.mT).square().mean()
 
 
 @in_full_precision
@@ -153,9 +152,9 @@ def ofd_loss(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     if teacher.shape[2:] != student.shape[2:]:
         teacher = F.adaptive_avg_pool2d(teacher, (student.shape[2], student.shape[3]))
     check_same_shape(student, teacher)
-    goal = torch.maximum(teacher, margin.detach().view(1, -1, 1, 1))
-    counts = (teacher > 0) | (student > goal)
-    return ((student - goal).square() * counts).sum() / len(student)
+    wanted = torch.maximum(teacher, margin.detach().view(1, -1, 1, 1))
+    counts = (teacher > 0) | (student > wanted)
+    return ((student - wanted).square() * counts).sum() / len(student)
 
 
 def ofd_margin(mean: Tensor, std: Tensor) -> Tensor:
@@ -245,8 +244,8 @@ class VIDLoss(nn.Module):
     def build(self, student_shape: torch.Size, teacher_shape: torch.Size) -> None:
         """Creates the regressor for maps of these shapes [B, C, h, w]."""
         c, d = student_shape[1], teacher_shape[1]
-        first, *others = (nn.Conv2d(channels, d, 1, bias=False) for channels in (c, d, d))
-        self.regressor = nn.Sequential(first, nn.ReLU(), others[0], nn.ReLU(), others[1])
+        first, second, third = (nn.Conv2d(channels, d, 1, bias=False) for channels in (c, d, d))
+        self.regressor = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
         self.log_scale = nn.Parameter(torch.full((d,), math.log(math.expm1(self.initial_variance - self.eps))))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -255,7 +254,7 @@ class VIDLoss(nn.Module):
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of VIDLoss")
         check_maps(student, teacher)
         student, teacher = match_size(student, teacher)
-        return vid_loss(self.regressor(student), teacher, F.softplus(self.log_scale) + self.eps)
+        return vid_loss(self.regressor(as_input(student, self.regressor)), teacher, F.softplus(self.log_scale) + self.eps)
 
 
 class OFDLoss(nn.Module):
@@ -306,8 +305,8 @@ class OFDLoss(nn.Module):
     def _margin(self, i: int, teacher: Tensor) -> Tensor:
         total, share = self.get_buffer(f"negative_sum_{i}"), self.get_buffer(f"negative_share_{i}")
         if self.training and self.stages[i] not in self.given:
-            total.lerp_(teacher.float().clamp(max=0).mean((0, 2, 3)), self.momentum)
-            share.lerp_((teacher < 0).float().mean((0, 2, 3)), self.momentum)
+            total.lerp_(as_float(teacher).clamp(max=0).mean((0, 2, 3)).to(total.dtype), self.momentum)
+            share.lerp_((teacher < 0).to(share.dtype).mean((0, 2, 3)), self.momentum)
         return total / share.clamp(min=torch.finfo(share.dtype).tiny)
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
@@ -316,6 +315,6 @@ class OFDLoss(nn.Module):
             raise RuntimeError("Expected build(student_shapes, teacher_shapes) before the first forward of OFDLoss")
         losses = []
         for i, (stage, connector) in enumerate(zip(self.stages, self.connectors, strict=True)):
-            loss = ofd_loss(connector(student[stage]), teacher[stage], self._margin(i, teacher[stage]))
+            loss = ofd_loss(connector(as_input(student[stage], connector)), teacher[stage], self._margin(i, teacher[stage]))
             losses.append(loss / 2 ** (len(self.stages) - 1 - i))
         return torch.stack(losses).sum()

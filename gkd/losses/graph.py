@@ -11,15 +11,19 @@ from gkd.graphs.builder import GraphBuilder
 from gkd.graphs.nodes import ChannelNodes, RegionNodes
 from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
+from gkd.graphs.stages import StageGraph
+from gkd.losses.encodings import EncodingLoss
+from gkd.losses.inputs import nan_if_diverged
 from gkd.losses.term import GraphTerm
 
 __all__ = ["GraphLoss"]
 
 TOPOLOGIES = ("teacher", "student", "each")
+Features = Tensor | Mapping[str, Tensor]
 
 
 class GraphLoss(nn.Module):
-    r"""Builds the graphs of a student's and a teacher's map, once, and compares them by several terms.
+    r"""Builds the graphs of a student's and a teacher's features, once, and compares them by several terms.
 
     ================ =======================================================================================================
     ``topology``     edges
@@ -29,8 +33,9 @@ class GraphLoss(nn.Module):
     ``'each'``       every network its own; the only one for graphs of unequal size
     ================ =======================================================================================================
 
-    The terms share each graph's adjacency, Laplacian and eigenpairs. Sums and weights are left to whoever calls: the terms come back by
-    name.
+    With a :class:`~gkd.graphs.GraphBuilder` it compares the maps of one stage, with a :class:`~gkd.graphs.StageGraph` those of several
+    stages as one graph an image, edges inside a stage and across stages alike. The terms share each graph's adjacency, Laplacian and
+    eigenpairs. Sums and weights are left to whoever calls: the terms come back by name.
 
     Args:
         builder: Makes the graphs; with a learned part, its parameters are trained through the student's graph.
@@ -42,10 +47,11 @@ class GraphLoss(nn.Module):
             see :class:`~gkd.losses.GraphTerm`: matched nodes for graphs of channels, matched features for all others.
 
     Shapes:
-        - **student_map**, **teacher_map** [B, C, h, w] or what the nodes take; **output** scalars by name
+        - **student**, **teacher** [B, C, h, w] or what the nodes take; of a StageGraph {stage: [B, C, h, w]}; **output** scalars by name
 
     Gradient:
-        To the student's map; the teacher's graph is built without gradient. Computed in float32 under autocast.
+        To the student's features; the teacher's graph is built without gradient. Computed in float32 under autocast. Features of the
+        student that are not finite give NaN, on which a training stops with a message of its own.
 
     Raises:
         ValueError: If the topology or a part is unknown, or a term finds graphs that do not match.
@@ -59,14 +65,12 @@ class GraphLoss(nn.Module):
         {'vertex': tensor(0.), 'edge': tensor(0.)}
     """
 
-    level = "stage"
-
     def __init__(
         self,
-        builder: GraphBuilder,
+        builder: GraphBuilder | StageGraph,
         terms: Mapping[str, nn.Module],
         topology: Literal["teacher", "student", "each"] = "teacher",
-        teacher_builder: GraphBuilder | None = None,
+        teacher_builder: GraphBuilder | StageGraph | None = None,
         matched_channels: bool | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +85,11 @@ class GraphLoss(nn.Module):
         self._matched_channels = matched_channels
 
     @property
+    def level(self) -> Literal["stage", "stages"]:
+        """Whether it compares one stage after the other, or all together."""
+        return "stages" if isinstance(self.builder, StageGraph) else "stage"
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of the terms."""
         return tuple(self.terms)
@@ -91,22 +100,43 @@ class GraphLoss(nn.Module):
         if self._matched_channels is not None:
             return self._matched_channels
         terms = map(GraphTerm.of, self.terms.values())
-        return any(term.matched_nodes if isinstance(self.builder.nodes, ChannelNodes) else term.matched_features for term in terms)
+        return any(term.matched_nodes if self._has_nodes(ChannelNodes) else term.matched_features for term in terms)
 
     @property
     def map_size(self) -> tuple[int, int] | None:
         """Height and width that the nodes average the student's map to; None where they look at it as it is."""
-        return getattr(self.builder.nodes, "grid", None)
+        return getattr(self.builder.nodes, "grid", None) if isinstance(self.builder, GraphBuilder) else None
 
     @property
     def needs_boxes(self) -> bool:
         """Whether the nodes are regions of the images."""
-        return isinstance(self.builder.nodes, RegionNodes)
+        return self._has_nodes(RegionNodes)
+
+    def check_parts(self, active: Collection[str]) -> None:
+        """Asks that every encoding that was given is read by a term that weighs something.
+
+        Args:
+            active: Names of the terms whose weight is not 0 for ever.
+
+        Raises:
+            ValueError: If one is not.
+        """
+        reads = any(GraphTerm.of(term).reads_encoding for name, term in self.terms.items() if name in active)
+        given = [name for name, term in self.terms.items() if isinstance(term, EncodingLoss) and term.encoding is not None]
+        idle = [name for name in given if name not in active]
+        if idle:
+            raise ValueError(f"Expected a weight above 0 of '{idle[0]}', whose EncodingLoss is given an encoding (got 0)")
+        for builder in (self.builder, self.teacher_builder):
+            if builder is not None and builder.encoding is not None and not reads:
+                raise ValueError(
+                    f"Expected an EncodingLoss without an encoding of its own and with a weight above 0, for a {type(builder).__name__} "
+                    f"that gives the nodes an encoding (got {type(builder.encoding).__name__}, and terms {', '.join(active)})"
+                )
 
     def forward(
         self,
-        student_map: Tensor,
-        teacher_map: Tensor,
+        student: Features,
+        teacher: Features,
         *node_args: Any,
         parts: Collection[str] | None = None,
         boxes: Sequence[Tensor] | None = None,
@@ -115,8 +145,8 @@ class GraphLoss(nn.Module):
         """Returns the terms by name.
 
         Args:
-            student_map: The student's features.
-            teacher_map: The teacher's.
+            student: The student's features.
+            teacher: The teacher's.
             *node_args: What else the nodes are made of.
             parts: Names of the terms to compute; None for all.
             boxes: For region nodes: the boxes of every image [n_i, 4], in pixels.
@@ -127,37 +157,54 @@ class GraphLoss(nn.Module):
         unknown = set(parts or ()).difference(self.terms)
         if unknown:
             raise ValueError(f"Expected 'parts' among {', '.join(self.terms)} (got '{min(unknown)}')")
-        wanted = {name: term for name, term in self.terms.items() if parts is None or name in parts}
-        if not wanted:
+        active = {name: term for name, term in self.terms.items() if parts is None or name in parts}
+        if not active:
             return {}
-        with full_precision(student_map):
-            teacher_map = teacher_map.detach()  # the nodes lift both to float32, after which a large map can go
-            if student_map.numel() == 0 or teacher_map.numel() == 0:
-                return dict.fromkeys(wanted, 0 * student_map.sum())
-            student_graph, teacher_graph = self.graphs(student_map, teacher_map, *node_args)
-            student, teacher = Spectrum(student_graph, edges=self.builder.edges), Spectrum(teacher_graph, edges=self._teacher_builder.edges)
-            return {name: term(student, teacher) for name, term in wanted.items()}
+        maps = [student] if isinstance(student, Tensor) else list(student.values())
+        with full_precision(maps[0]):
+            if any(features.numel() == 0 for features in maps):
+                return dict.fromkeys(active, sum(0 * features.float().sum() for features in maps))
+            try:
+                student_graph, teacher_graph = self.graphs(student, teacher, *node_args)
+                views = Spectrum(student_graph, edges=_edges(self.builder)), Spectrum(teacher_graph, edges=_edges(self._teacher_builder))
+                return {name: term(*views) for name, term in active.items()}
+            except ValueError as error:
+                return dict.fromkeys(active, nan_if_diverged(error, *maps))
 
-    def graphs(self, student_map: Tensor, teacher_map: Tensor, *node_args: Any) -> tuple[Batch, Batch]:
+    def graphs(self, student: Features, teacher: Features, *node_args: Any) -> tuple[Batch, Batch]:
         """Builds the two graphs that the terms compare."""
-        channels = student_map.size(1), teacher_map.size(1)
-        if self.topology != "each" and isinstance(self.builder.nodes, ChannelNodes) and channels[0] != channels[1]:
-            raise ValueError(
-                f"Expected equally many channels for graphs that share their edges (got student {channels[0]}, teacher {channels[1]}): "
-                "send the student's map through a ChannelAdapter, or take topology='each'"
-            )
-        student = self.builder(student_map, *node_args, static=True) if self.topology != "teacher" else None
+        if self.topology != "each" and self._has_nodes(ChannelNodes):
+            _check_channels(student, teacher)
+        student_graph = self.builder(student, *node_args, static=True) if self.topology != "teacher" else None
         with torch.no_grad():
-            topology = student if self.topology == "student" else None
-            teacher = self._teacher_builder(teacher_map, *node_args, topology=topology, static=True)
-        if student is None:
-            student = self.builder(student_map, *node_args, topology=teacher)
-        return student, teacher
+            topology = student_graph if self.topology == "student" else None
+            teacher_graph = self._teacher_builder(teacher, *node_args, topology=topology, static=True)
+        if student_graph is None:
+            student_graph = self.builder(student, *node_args, topology=teacher_graph, static=True)
+        return student_graph, teacher_graph
 
     @property
-    def _teacher_builder(self) -> GraphBuilder:
+    def _teacher_builder(self) -> GraphBuilder | StageGraph:
         return self.builder if self.teacher_builder is None else self.teacher_builder
+
+    def _has_nodes(self, kind: type[nn.Module]) -> bool:
+        builders = self.builder.builders if isinstance(self.builder, StageGraph) else [self.builder]
+        return any(isinstance(builder.nodes, kind) for builder in builders)
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
         return f"topology={self.topology!r}"
+
+
+def _edges(builder: GraphBuilder | StageGraph) -> nn.Module | None:
+    return builder.edges if isinstance(builder, GraphBuilder) else None
+
+
+def _check_channels(student: Features, teacher: Features) -> None:
+    pairs = [(student, teacher)] if isinstance(student, Tensor) else [(student[stage], teacher[stage]) for stage in student]
+    for student_map, teacher_map in pairs:
+        if student_map.size(1) != teacher_map.size(1):
+            raise ValueError(
+                f"Expected equally many channels for graphs that share their edges (got student {student_map.size(1)}, "
+                f"teacher {teacher_map.size(1)}): send the student's map through a ChannelAdapter, or take topology='each'"
+            )

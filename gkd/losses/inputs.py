@@ -6,7 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkd.graphs.precision import as_float, full_precision
 
@@ -90,6 +90,40 @@ def sum_of_squares(features: Tensor) -> Tensor:
     return _SumOfSquares.apply(features)
 
 
+def unit_scale(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Divides by the largest magnitude, for what depends on no scale: squares of tiny and of huge values are no floating point numbers.
+
+    Args:
+        x: Values in float32 or float64. Below the smallest normal number times 1e6 they are left as they are.
+        dim: Dimensions that share a scale; None for all.
+
+    Shapes:
+        - **x** any; **output** likewise
+    """
+    if x.numel() == 0:
+        return x
+    top = x.detach().abs().amax(dim=tuple(range(x.dim())) if dim is None else dim, keepdim=True)
+    return x / top.where(top > 1e6 * torch.finfo(x.dtype).tiny, 1.0)
+
+
+def as_input(features: Tensor, layer: nn.Module) -> Tensor:
+    """Gives features the type of a layer's parameters, as autocast does where it is on."""
+    parameter = next(layer.parameters(), None)
+    if parameter is None or torch.is_autocast_enabled(features.device.type):
+        return features
+    return features.to(parameter.dtype)
+
+
+def sigmoid_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence, logit by logit, of the chances that two logits stand for.
+
+    Shapes:
+        - **student**, **teacher** and **output** of one shape
+    """
+    chance = teacher.sigmoid()
+    return chance * (F.logsigmoid(teacher) - F.logsigmoid(student)) + (1 - chance) * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+
+
 def vectors(features: Tensor) -> Tensor:
     """Every image as one vector, in the order in which memory holds it: no inner product of two images depends on it.
 
@@ -147,3 +181,18 @@ def check_same_shape(student: Tensor, teacher: Tensor) -> None:
     """Asks for one shape."""
     if student.shape != teacher.shape:
         raise ValueError(f"Expected one shape for student and teacher (got {tuple(student.shape)} and {tuple(teacher.shape)})")
+
+
+def nan_if_diverged(error: ValueError, *features: Tensor) -> Tensor:
+    """Returns NaN, on which a training stops and names the loss, where features are not finite.
+
+    Args:
+        error: What was raised because of them.
+        *features: The student's features.
+
+    Raises:
+        ValueError: The error, if the features are finite.
+    """
+    if all(bool(x.isfinite().all()) for x in features):
+        raise error
+    return torch.stack([x.float().sum() for x in features]).sum() * torch.nan

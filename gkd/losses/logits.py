@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkd.losses.inputs import check_same_shape, in_full_precision
+from gkd.losses.inputs import check_same_shape, in_full_precision, sigmoid_divergence
 from gkd.losses.term import Term
 
 __all__ = [
@@ -12,11 +12,13 @@ __all__ = [
     "DKDLoss",
     "KDLoss",
     "LogitMSELoss",
+    "SigmoidKDLoss",
     "StandardizedLogits",
     "dist_loss",
     "dkd_loss",
     "kd_loss",
     "logit_mse_loss",
+    "sigmoid_kd_loss",
     "standardize_logits",
 ]
 
@@ -27,6 +29,17 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     check_same_shape(student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"Expected a temperature above 0 (got {temperature})")
+
+
+def _check_classes(student_logits: Tensor, target: Tensor | None = None) -> None:
+    """Asks for classes of which an image has one: their probabilities come from a softmax."""
+    hint = "for one logit, or for several labels of an image, take SigmoidKDLoss"
+    if student_logits.shape[1] < 2:
+        raise ValueError(f"Expected logits of at least 2 classes (got {tuple(student_logits.shape)}): {hint}")
+    if target is None or target.shape != student_logits.shape or target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not (target.sum(1, dtype=torch.float64) - 1).abs().lt(1e-2).all():
+        raise ValueError(f"Expected one class of every image, or probabilities that add up to 1 (got labels {tuple(target.shape)}): {hint}")
 
 
 def _divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
@@ -48,10 +61,10 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         temperature: Softens both distributions; its square keeps the gradient's scale.
 
     Shapes:
-        - **student_logits**, **teacher_logits** [B, K]; **output** scalar
+        - **student_logits**, **teacher_logits** [B, K] with K at least 2; **output** scalar
 
     Raises:
-        ValueError: If the shapes differ or are not [B, K], or the temperature is not positive.
+        ValueError: If the shapes differ or are not [B, K] with K at least 2, or the temperature is not positive.
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
@@ -62,6 +75,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         True
     """
     _check_logits(student_logits, teacher_logits, temperature)
+    _check_classes(student_logits)
     student_log, teacher_log = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits.detach()))
     return _divergence(student_log, teacher_log) * temperature**2
 
@@ -103,19 +117,22 @@ def dkd_loss(
     """
     _check_logits(student_logits, teacher_logits, temperature)
     batch, classes = student_logits.shape
-    if classes < 2:
-        raise ValueError(f"Expected logits of at least 2 classes (got {tuple(student_logits.shape)})")
+    _check_classes(student_logits)
     if target is None or target.shape != (batch,) or target.is_floating_point():
-        raise ValueError(f"Expected target classes [{batch}] of an integer type (got {None if target is None else tuple(target.shape)})")
+        got = None if target is None else f"{tuple(target.shape)} {target.dtype}"
+        raise ValueError(
+            f"Expected target classes [{batch}] of an integer type (got {got}): DKD needs the true class of every image; "
+            "for several labels of an image, take SigmoidKDLoss"
+        )
     true = target.long().unsqueeze(1)
     rest = torch.arange(classes - 1, device=true.device).expand(batch, -1)
     rest = rest + (rest >= true)
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits / temperature
-        others = logits.gather(1, rest)
-        binary = torch.cat([logits.gather(1, true), others.logsumexp(1, keepdim=True)], 1)
-        return binary.log_softmax(1), others.log_softmax(1)
+        remaining = logits.gather(1, rest)
+        binary = torch.cat([logits.gather(1, true), remaining.logsumexp(1, keepdim=True)], 1)
+        return binary.log_softmax(1), remaining.log_softmax(1)
 
     student_binary, student_rest = split(student_logits)
     teacher_binary, teacher_rest = split(teacher_logits.detach())
@@ -165,12 +182,60 @@ def dist_loss(
         Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
     """
     _check_logits(student_logits, teacher_logits, temperature)
-    if min(student_logits.shape) < 2:
-        raise ValueError(f"Expected at least 2 images and 2 classes (got {tuple(student_logits.shape)})")
+    _check_classes(student_logits)
+    if student_logits.shape[0] < 2:
+        raise ValueError(f"Expected at least 2 images (got {tuple(student_logits.shape)})")
     student, teacher = ((z / temperature).softmax(1) for z in (student_logits, teacher_logits.detach()))
     between_classes = 1 - _pearson(student, teacher, 1, eps)
     between_images = 1 - _pearson(student, teacher, 0, eps)
     return (beta * between_classes + gamma * between_images) * temperature**2
+
+
+@in_full_precision
+def sigmoid_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_label: float | None = None,
+) -> Tensor:
+    r"""Compares the chances that labels apply, one by one: for several labels of an image, or for one logit of two classes.
+
+    .. math:: rac{T^2}{|M|} \sum_{(b, k) \in M} \mathrm{KL}ig(p^t_{bk} \,\|\, p^s_{bk}ig), \quad p = \sigma(z / T)
+
+    with the logistic function :math:`\sigma` and two outcomes for each label, over all labels M that are not ignored. The mean over the
+    labels is that of :class:`torch.nn.BCEWithLogitsLoss`, beside which it stands.
+
+    Args:
+        student_logits: Scores before the logistic function.
+        teacher_logits: Likewise; gets no gradient.
+        target: Labels, to find those to ignore; None if there are none.
+        temperature: Softens both chances; its square keeps the gradient's scale.
+        ignore_label: Value in ``target`` of a label that is not known, such as -1; None if all are.
+
+    Shapes:
+        - **student_logits**, **teacher_logits**, **target** [B, K], or [B] for one logit; **output** scalar, 0 if all labels are ignored
+
+    Raises:
+        ValueError: If the shapes differ, or the temperature is not positive.
+
+    Examples:
+        >>> sigmoid_kd_loss(torch.zeros(1, 2), torch.tensor([[0.0, 20.0]]))  # log 2 for the second label, 0 for the first
+        tensor(0.3466)
+    """
+    if student_logits.dim() not in (1, 2):
+        raise ValueError(f"Expected logits [B, K] or [B] (got {tuple(student_logits.shape)})")
+    check_same_shape(student_logits, teacher_logits)
+    if not temperature > 0:
+        raise ValueError(f"Expected a temperature above 0 (got {temperature})")
+    divergence = sigmoid_divergence(student_logits / temperature, teacher_logits.detach() / temperature) * temperature**2
+    if ignore_label is None:
+        return divergence.sum() / max(divergence.numel(), 1)
+    if target is None or target.numel() != divergence.numel():
+        got = None if target is None else tuple(target.shape)
+        raise ValueError(f"Expected labels {tuple(student_logits.shape)} with ignore_label={ignore_label} (got {got})")
+    counts = target.view_as(divergence) != ignore_label
+    return divergence.where(counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 @in_full_precision
@@ -219,7 +284,8 @@ class KDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """Returns the loss; target is not used."""
+        """Returns the loss; target is only looked at, to refuse several labels of an image."""
+        _check_classes(student_logits, target)
         return kd_loss(student_logits, teacher_logits, self.temperature)
 
     def extra_repr(self) -> str:
@@ -257,12 +323,31 @@ class DISTLoss(nn.Module):
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """Returns the loss; target is not used."""
+        """Returns the loss; target is only looked at, to refuse several labels of an image."""
+        _check_classes(student_logits, target)
         return dist_loss(student_logits, teacher_logits, self.beta, self.gamma, self.temperature)
 
     def extra_repr(self) -> str:
         """Names the weights and the temperature."""
         return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
+
+
+class SigmoidKDLoss(nn.Module):
+    """Distillation of labels that are no alternatives, and of one logit, see :func:`sigmoid_kd_loss`."""
+
+    level = "logits"
+
+    def __init__(self, temperature: float = 1.0, ignore_label: float | None = None) -> None:
+        super().__init__()
+        self.temperature, self.ignore_label = temperature, ignore_label
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """Returns the loss; target says which labels are ignored."""
+        return sigmoid_kd_loss(student_logits, teacher_logits, target, self.temperature, self.ignore_label)
+
+    def extra_repr(self) -> str:
+        """Names the temperature."""
+        return f"temperature={self.temperature}, ignore_label={self.ignore_label}"
 
 
 class LogitMSELoss(nn.Module):

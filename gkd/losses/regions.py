@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gkd.graphs.nodes import RegionNodes
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import check_maps, check_same_shape, gram, in_full_precision
+from gkd.losses.inputs import as_input, check_maps, check_same_shape, gram, in_full_precision, nan_if_diverged
 
 __all__ = ["DsigLoss", "FGDLoss", "GlobalContext", "fgd_focal_loss", "foreground_mask", "instance_graph_loss"]
 
@@ -85,14 +85,14 @@ def fgd_focal_loss(
     check_maps(student, teacher)
     check_same_shape(student, teacher)
     teacher = teacher.detach()
-    own_space, own_channels = _attention(student, temperature)
+    student_space, student_channels = _attention(student, temperature)
     space, channels = _attention(teacher, temperature)
     outside = (foreground == 0).to(space.dtype)
     outside = outside / outside.sum((1, 2), keepdim=True).clamp(min=1)
     pixels = (foreground_weight * foreground + background_weight * outside) * space
     difference = (student - teacher).square()
     features = torch.einsum("bchw,bc,bhw->", difference, channels, pixels)
-    attention = (own_space - space).abs().sum() + (own_channels - channels).abs().sum()
+    attention = (student_space - space).abs().sum() + (student_channels - channels).abs().sum()
     return (features + attention_weight * attention) / len(student)
 
 
@@ -151,11 +151,11 @@ def instance_graph_loss(
     """
     check_same_shape(student, teacher)
     nodes = mask.unsqueeze(2)
-    own, goal = torch.where(nodes, student, 0.0), torch.where(nodes, teacher.detach(), 0.0)
+    student, teacher = torch.where(nodes, student, 0.0), torch.where(nodes, teacher.detach(), 0.0)
     count = mask.sum(1).clamp(min=1)
-    node_error = (own - goal).square().sum((1, 2)) / (count * max(own.shape[2], 1))
-    edge_error = (gram(unit_rows(own)) - gram(unit_rows(goal))).square().sum((1, 2)) / count.square()
-    return (node_weight * node_error + 0.5 * edge_weight * edge_error).sum() / max(len(own), 1)
+    node_error = (student - teacher).square().sum((1, 2)) / (count * max(student.shape[2], 1))
+    edge_error = (gram(unit_rows(student)) - gram(unit_rows(teacher))).square().sum((1, 2)) / count.square()
+    return (node_weight * node_error + 0.5 * edge_weight * edge_error).sum() / max(len(student), 1)
 
 
 class FGDLoss(nn.Module):
@@ -214,11 +214,13 @@ class FGDLoss(nn.Module):
         check_maps(student, teacher)
         if boxes is None or image_size is None or len(boxes) != len(student):
             raise ValueError(f"Expected boxes of {len(student)} images and an image_size (got {_count(boxes)} and {image_size})")
-        student, teacher = self.align(student), teacher.detach()
+        student, teacher = self.align(as_input(student, self.align)), teacher.detach()
         foreground = foreground_mask([box.to(student.device) for box in boxes], image_size, (student.shape[2], student.shape[3]))
         focal = fgd_focal_loss(student, teacher, foreground, self.temperature, *self.weights)
-        own, goal = self.contexts[0](student), self.contexts[1](teacher)
-        return focal + self.global_weight * (as_float(own) - as_float(goal)).square().sum() / len(student)
+        student_context, teacher_context = (
+            as_float(context(as_input(features, context))) for context, features in zip(self.contexts, (student, teacher), strict=True)
+        )
+        return focal + self.global_weight * (student_context - teacher_context).square().sum() / len(student)
 
 
 class DsigLoss(nn.Module):
@@ -270,11 +272,14 @@ class DsigLoss(nn.Module):
         if not any(len(box) for box in boxes):
             return 0 * as_float(student).sum()
         with full_precision(student):
-            own = self.nodes(student, boxes, image_size)
-            with torch.no_grad():
-                goal = self.nodes(teacher, boxes, image_size)
-            assert own.mask is not None
-            return instance_graph_loss(own.x, goal.x, own.mask, self.node_weight, self.edge_weight)
+            try:
+                student_nodes = self.nodes(student, boxes, image_size)
+                with torch.no_grad():
+                    teacher_nodes = self.nodes(teacher, boxes, image_size)
+            except ValueError as error:
+                return nan_if_diverged(error, student)
+            assert student_nodes.mask is not None
+            return instance_graph_loss(student_nodes.x, teacher_nodes.x, student_nodes.mask, self.node_weight, self.edge_weight)
 
 
 def _count(boxes: Sequence[Tensor] | None) -> str:

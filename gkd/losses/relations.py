@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import check_batch, check_maps, gram, in_full_precision, pool, vectors
+from gkd.losses.inputs import as_input, check_batch, check_maps, gram, in_full_precision, pool, unit_scale, vectors
 
 __all__ = [
     "CCLoss",
@@ -28,14 +28,16 @@ __all__ = [
 ]
 
 
-def squared_distances(x: Tensor, eps: float = 0.0) -> Tensor:
+def relative_distances(x: Tensor, eps: float = 1e-12) -> Tensor:
     """Squared Euclidean distances between all rows, at least `eps` and exactly 0 on the diagonal.
+
+    They are in units of the square of the longest row, seen from the mean row.
 
     Shapes:
         - **x** [B, D]; **output** [B, B]
     """
     x = x - x.mean(0)  # distances do not change, and large common offsets do not cancel digits
-    products = gram(x)
+    products = unit_scale(gram(x))
     squares = products.diagonal()
     distances = (squares[:, None] + squares[None] - 2 * products).clamp(min=eps)
     return distances.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
@@ -60,7 +62,7 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019.
     """
     check_batch(student, teacher, at_least=2)
-    return F.mse_loss(unit_rows(gram(vectors(student))), unit_rows(gram(vectors(teacher.detach()))))
+    return F.mse_loss(*(unit_rows(unit_scale(gram(vectors(x)))) for x in (student, teacher.detach())))
 
 
 @in_full_precision
@@ -78,11 +80,11 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Park, Kim, Lu, Cho: Relational Knowledge Distillation, CVPR 2019.
     """
     check_batch(student, teacher, at_least=2)
-    return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher.detach()))
+    return F.smooth_l1_loss(_over_mean_distance(student), _over_mean_distance(teacher.detach()))
 
 
-def _relative_distances(x: Tensor) -> Tensor:
-    squares = squared_distances(x, eps=1e-12)
+def _over_mean_distance(x: Tensor) -> Tensor:
+    squares = relative_distances(x)
     off_diagonal = squares > 0
     distances = torch.where(off_diagonal, squares, 1).sqrt() * off_diagonal  # the square root has no gradient at 0
     return distances / (distances.sum() / (len(x) * (len(x) - 1)))
@@ -108,18 +110,17 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_batch(student, teacher, at_least=2)
     with torch.no_grad():
-        goal = _cosines(teacher)
-    return F.smooth_l1_loss(_cosines(student), goal)
+        teacher_cosines = _cosines(teacher)
+    return F.smooth_l1_loss(_cosines(student), teacher_cosines)
 
 
 def _cosines(x: Tensor) -> Tensor:
     """Cosines [j, i, k] of the angle at image j between the images i and k."""
-    x = x - x.mean(0)
-    products = gram(x)
+    products = unit_scale(gram(x - x.mean(0)))
     squares = products.diagonal()
     scale = squares[:, None] + squares[None]
     distances = scale - 2 * products
-    apart = distances > 32 * torch.finfo(x.dtype).eps * scale
+    apart = distances > 32 * torch.finfo(x.dtype).eps * scale.clamp(min=torch.finfo(x.dtype).tiny)
     inverse = torch.where(apart, distances, 1).rsqrt() * apart  # [j, i]
     # <x_i - x_j, x_k - x_j> = G_ik + (G_jj / 2 - G_ij) + (G_jj / 2 - G_kj): one outer product and two rank-one terms
     half = inverse * (0.5 * squares[:, None] - products)
@@ -169,8 +170,8 @@ def pkt_loss(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
         Passalis, Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018.
     """
     check_batch(student, teacher, at_least=2)
-    own, goal = (F.normalize(gram(unit_rows(x)) + 1, p=1, dim=1) for x in (student, teacher.detach()))
-    return (goal * ((goal + eps) / (own + eps)).log()).mean()
+    student_chance, teacher_chance = (F.normalize(gram(unit_rows(x)) + 1, p=1, dim=1) for x in (student, teacher.detach()))
+    return (teacher_chance * ((teacher_chance + eps) / (student_chance + eps)).log()).mean()
 
 
 @in_full_precision
@@ -195,18 +196,20 @@ def ickd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     check_maps(student, teacher)
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(f"Expected equally many channels (got {tuple(student.shape)} and {tuple(teacher.shape)})")
-    own, goal = student.flatten(2), teacher.detach().flatten(2)
-    batch, channels = own.shape[:2]
-    if max(own.shape[2], goal.shape[2]) >= channels:
-        return (unit_rows(gram(own)) - unit_rows(gram(goal))).square().sum() / (batch * channels)
-    own_square = ((own @ gram(own.mT)) * own).sum(2)
-    goal_square = ((goal @ (goal.mT @ goal)) * goal).sum(2)
-    product = ((own @ (own.mT @ goal)) * goal).sum(2)
-    tiny = torch.finfo(own.dtype).tiny
-    own_alive, goal_alive = own_square > tiny, goal_square > tiny
+    student, teacher = student.flatten(2), teacher.detach().flatten(2)
+    batch, channels = student.shape[:2]
+    if max(student.shape[2], teacher.shape[2]) >= channels:
+        student_rows, teacher_rows = (unit_rows(unit_scale(gram(x), (1, 2))) for x in (student, teacher))
+        return (student_rows - teacher_rows).square().sum() / (batch * channels)
+    student, teacher = unit_scale(student, (1, 2)), unit_scale(teacher, (1, 2))
+    student_square = ((student @ gram(student.mT)) * student).sum(2)
+    teacher_square = ((teacher @ (teacher.mT @ teacher)) * teacher).sum(2)
+    product = ((student @ (student.mT @ teacher)) * teacher).sum(2)
+    tiny = torch.finfo(student.dtype).tiny
+    student_alive, teacher_alive = student_square > tiny, teacher_square > tiny
     # The product of the squares could overflow or underflow; the product of their roots does not.
-    inverse = torch.where(own_alive, own_square, 1).rsqrt() * torch.where(goal_alive, goal_square, 1).rsqrt() * (own_alive & goal_alive)
-    rows = own_alive.to(own.dtype) + goal_alive.to(own.dtype) - 2 * product * inverse
+    inverse = torch.where(student_alive, student_square, 1).rsqrt() * torch.where(teacher_alive, teacher_square, 1).rsqrt()
+    rows = student_alive.to(student.dtype) + teacher_alive.to(student.dtype) - 2 * product * inverse * (student_alive & teacher_alive)
     return rows.sum() / (batch * channels)
 
 
@@ -239,21 +242,21 @@ def irg_loss(
     """
     if not student or len(student) != len(teacher):
         raise ValueError(f"Expected equally many stages, at least one (got {len(student)} and {len(teacher)})")
-    for own, goal in zip(student, teacher, strict=True):
-        check_maps(own, goal)
-        check_batch(own, goal, at_least=2)
+    for student_map, teacher_map in zip(student, teacher, strict=True):
+        check_maps(student_map, teacher_map)
+        check_batch(student_map, teacher_map, at_least=2)
     with full_precision(student[0]):
-        own_edges, own_moves = _irg(student)
+        student_edges, student_moves = _irg(student)
         with torch.no_grad():
-            edges, moves = _irg(teacher)
-        loss = edge_weight * F.mse_loss(own_edges, edges)
-        return loss + transform_weight * F.mse_loss(own_moves, moves) if len(student) > 1 else loss
+            teacher_edges, teacher_moves = _irg(teacher)
+        loss = edge_weight * F.mse_loss(student_edges, teacher_edges)
+        return loss + transform_weight * F.mse_loss(student_moves, teacher_moves) if len(student) > 1 else loss
 
 
 def _irg(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Edges [S + 1, B, B] and transformations [S - 1, B]."""
     features = [as_float(x) for x in features]
-    distances = torch.stack([squared_distances(vectors(x), eps=1e-12) for x in (*features, pool(features[-1]))])
+    distances = torch.stack([relative_distances(vectors(x)) for x in (*features, pool(features[-1]))])
     moves = [_moves(x, y) for x, y in itertools.pairwise(features)]
     relative = [move / move.max() for move in moves]
     return distances / distances.amax((1, 2), keepdim=True), torch.stack(relative) if relative else distances.new_zeros(0)
@@ -262,7 +265,7 @@ def _irg(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _moves(x: Tensor, y: Tensor) -> Tensor:
     size = (min(x.shape[1], y.shape[1]), min(x.shape[2], y.shape[2]), min(x.shape[3], y.shape[3]))
     x, y = (z if z.shape[1:] == size else F.adaptive_avg_pool3d(z.unsqueeze(1), size).squeeze(1) for z in (x, y))
-    return (x - y).square().flatten(1).sum(1).clamp(min=1e-12)
+    return unit_scale((x - y).square().flatten(1).sum(1)).clamp(min=1e-12)
 
 
 class SPLoss(nn.Module):
@@ -328,7 +331,8 @@ class CCLoss(nn.Module):
         """Returns the loss of one stage."""
         if self.student_embedding is None or self.teacher_embedding is None:
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of CCLoss")
-        return cc_loss(self.student_embedding(pool(student)), self.teacher_embedding(pool(teacher.detach())))
+        pairs = ((self.student_embedding, student), (self.teacher_embedding, teacher.detach()))
+        return cc_loss(*(layer(as_input(pool(as_float(features)), layer)) for layer, features in pairs))
 
 
 class PKTLoss(nn.Module):
@@ -362,7 +366,7 @@ class ICKDLoss(nn.Module):
         """Returns the loss of one stage."""
         if self.embedding is None:
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of ICKDLoss")
-        return ickd_loss(self.embedding(student), teacher)
+        return ickd_loss(self.embedding(as_input(student, self.embedding)), teacher)
 
 
 class IRGLoss(nn.Module):

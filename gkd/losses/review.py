@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkd.losses.inputs import check_maps, check_same_shape, in_full_precision
+from gkd.losses.inputs import as_input, check_maps, check_same_shape, in_full_precision
 
 __all__ = ["ReviewKDLoss", "hcl_loss"]
 
@@ -71,8 +71,8 @@ class AttentionFusion(nn.Module):
         x = self.reduce(features)
         if self.attention is not None and deeper is not None:
             y = F.interpolate(deeper, x.shape[2:], mode="nearest")
-            own, handed = self.attention(torch.cat([x, y], 1)).split(1, 1)
-            x = x * own + y * handed
+            share, deeper_share = self.attention(torch.cat([x, y], 1)).split(1, 1)
+            x = x * share + y * deeper_share
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="nearest")
         return self.expand(x), x
@@ -115,7 +115,7 @@ class ReviewKDLoss(nn.Module):
         if len(self.fusions) != len(students):
             raise RuntimeError(f"Expected build() for the {len(student)} stages of the features before the first forward of ReviewKDLoss")
         losses, handed = [], None
-        for fusion, own, goal in zip(reversed(self.fusions), reversed(students), reversed(teachers), strict=True):
-            compared, handed = fusion(own, handed, goal.shape[2:])
-            losses.append(hcl_loss(compared, goal))
+        for fusion, student_map, teacher_map in zip(reversed(self.fusions), reversed(students), reversed(teachers), strict=True):
+            compared, handed = fusion(as_input(student_map, fusion), handed, teacher_map.shape[2:])
+            losses.append(hcl_loss(compared, teacher_map))
         return torch.stack(losses).sum()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
+from gkd.graphs.eigen import rounding
 from gkd.graphs.laplacian import connected, inverse_sqrt
 from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
@@ -69,7 +70,8 @@ def projector_loss(
 
     A projector is determined as well as the gap above its q lowest eigenvalues is large. ``cut='weighted'`` takes all cuts up to
     ``num_eig``, each by the teacher's gap there: :math:`\sum_q g_q \delta_q / \sum_q g_q`, with :math:`g_q = \lambda_{q+1} - \lambda_q`.
-    ``'largest'`` takes the cut of the largest gap, ``'fixed'`` the one at ``num_eig``, to be used where a gap is known to be there.
+    ``'largest'`` takes the cut of the largest gap, ``'fixed'`` the one at ``num_eig``, to be used where a gap is known to be there. A gap
+    that is no larger than the error of the eigenvalues is none: what such a cut divides is not determined, and counts 0.
 
     Only products of q x q enter. Unchanged by signs, and by a rotation inside an eigenspace that no counted cut divides. In [0, 1].
 
@@ -93,20 +95,24 @@ def projector_loss(
     _expect("cut", cut, CUTS)
     student, teacher = Spectrum.of(student), Spectrum.of(teacher)
     check_matched(student.mask, teacher.mask)
-    _, own = student.eigenmaps(num_eig, drop_trivial=drop_trivial, gauge="block" if cut == "fixed" else "eigenspace")
-    eigval, other = (value.detach() for value in teacher.eigenmaps(num_eig + 1, drop_trivial=drop_trivial))
-    gap, other = eigval.diff(dim=1).clamp(min=0), other[..., :num_eig]
-    with full_precision(other):
+    _, student_eigvec = student.eigenmaps(num_eig, drop_trivial=drop_trivial, gauge="block" if cut == "fixed" else "eigenspace")
+    eigval, eigvec = (value.detach() for value in teacher.eigenmaps(num_eig + 1, drop_trivial=drop_trivial))
+    gap = eigval.diff(dim=1)
+    gap = gap.where(gap > rounding(eigval.amax(dim=1, keepdim=True), eigvec.size(1)), 0.0)
+    lacks_next = eigvec[..., -1].square().sum(dim=1) < 0.5  # a graph whose pairs are all there needs no gap
+    eigvec = eigvec[..., :num_eig]
+    with full_precision(eigvec):
         # Entry q of the diagonal of the double cumulated sum is the squared norm of the product of the first q columns of both.
-        overlap = (own.mT @ other).square().cumsum(dim=1).cumsum(dim=2).diagonal(dim1=1, dim2=2)
+        overlap = (student_eigvec.mT @ eigvec).square().cumsum(dim=1).cumsum(dim=2).diagonal(dim1=1, dim2=2)
     # Twice q, unless one of the graphs lacks pairs.
-    dimensions = (own.detach().square().sum(dim=1) + other.square().sum(dim=1)).cumsum(dim=1)
+    dimensions = (student_eigvec.detach().square().sum(dim=1) + eigvec.square().sum(dim=1)).cumsum(dim=1)
     distance = 1 - 2 * overlap / dimensions.clamp(min=1)
     distance = distance.where(dimensions > 0.5, 0.0)
     if cut == "fixed":
-        value = distance[:, -1]
+        value = distance[:, -1].where((gap[:, -1] > 0) | lacks_next, 0.0)
     elif cut == "largest":
-        value = distance.gather(1, gap.argmax(dim=1, keepdim=True)).squeeze(1)
+        largest, place = gap.max(dim=1, keepdim=True)
+        value = distance.gather(1, place).where(largest > 0, 0.0).squeeze(1)
     else:
         value = (gap * distance).sum(dim=1) / gap.sum(dim=1).clamp(min=torch.finfo(gap.dtype).eps)
     return mean_over_graphs(value, student.mask)
@@ -178,9 +184,9 @@ def spectrum_loss(student: Batch | Spectrum, teacher: Batch | Spectrum, num_eig:
     student, teacher = Spectrum.of(student), Spectrum.of(teacher)
     if student.mask.shape != teacher.mask.shape:
         return _trace_distance(student, teacher, times)
-    own = student.eigenmaps(num_eig, drop_trivial=False)[0]
-    other = teacher.eigenmaps(num_eig, drop_trivial=False)[0].detach()
-    return mean_over_graphs((own - other).square().mean(dim=1), student.mask)
+    student_eigval = student.eigenmaps(num_eig, drop_trivial=False)[0]
+    teacher_eigval = teacher.eigenmaps(num_eig, drop_trivial=False)[0].detach()
+    return mean_over_graphs((student_eigval - teacher_eigval).square().mean(dim=1), student.mask)
 
 
 class SpectralLoss(nn.Module):
@@ -213,6 +219,7 @@ class SpectralLoss(nn.Module):
     """
 
     matched_features = False
+    reads_encoding = False
 
     def __init__(
         self,
@@ -268,13 +275,14 @@ def _apply_laplacian(spectrum: Spectrum, vectors: Tensor) -> Tensor:
 
 
 def _trace_distance(student: Spectrum, teacher: Spectrum, times: Sequence[float]) -> Tensor:
-    own, other = student.heat_trace(times), teacher.heat_trace(times).detach()
-    if own.shape != other.shape:
-        raise ValueError(f"Expected as many graphs in the student as in the teacher (got {own.size(0)} and {other.size(0)})")
+    student_trace, teacher_trace = student.heat_trace(times), teacher.heat_trace(times).detach()
+    if student_trace.shape != teacher_trace.shape:
+        sizes = f"{student_trace.size(0)} and {teacher_trace.size(0)}"
+        raise ValueError(f"Expected as many graphs in the student as in the teacher (got {sizes})")
     both = student.mask.any(dim=1) & teacher.mask.any(dim=1)
-    return mean_over_graphs((own - other).square().mean(dim=1), both.unsqueeze(1))
+    return mean_over_graphs((student_trace - teacher_trace).square().mean(dim=1), both.unsqueeze(1))
 
 
-def _expect(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"Expected '{name}' to be one of {', '.join(known)} (got '{value}')")
+def _expect(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Expected '{name}' to be one of {', '.join(allowed)} (got '{value}')")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -16,11 +16,13 @@ class Term:
     """What a loss declares to the :class:`~gkd.distill.Distiller`: attributes of the module, of these names.
 
     ``level`` is all that a module needs; what it does not declare has the default. It is called with what its level says, and with the
-    keyword arguments that its declarations ask for. Two methods are found by their names:
+    keyword arguments that its declarations ask for. Three methods are found by their names:
 
     * ``build(student_shape, teacher_shape)``, for terms that own layers, is called once with the shapes [B, C, h, w] of the maps at the
       level ``'stage'``, where every stage gets a copy of the module, and with two dictionaries of shapes at ``'stages'``.
       Heights and widths are those of ``Distiller.input_size``; in training they are those of the images.
+    * ``check_parts(active)`` is called once with the names of the parts that weigh something at some time; it raises a ValueError if what
+      the term was given is read by none of them.
     * ``set_targets(targets)``, for terms that keep a memory of the training samples, is called with the classes of all of them.
 
     Examples:
@@ -85,13 +87,15 @@ class Term:
 class GraphTerm:
     """What a comparison of two graphs declares to :class:`~gkd.losses.GraphLoss`: attributes of the module, of these names.
 
-    A module that declares nothing is taken to need both.
+    A module that declares nothing is taken to need all of it.
     """
 
     matched_nodes: bool = True
     """Node i of the student must be node i of the teacher."""
     matched_features: bool = True
     """The features of the nodes must mean the same in both."""
+    reads_encoding: bool = True
+    """It may read the encoding ``pe`` that a builder gives to the nodes."""
 
     @classmethod
     def of(cls, module: nn.Module) -> GraphTerm:
@@ -111,6 +115,14 @@ class BuildsLayers(Protocol):
 
     def build(self, student_shape: Any, teacher_shape: Any) -> None:
         """Creates the layers for maps of these shapes."""
+
+
+@runtime_checkable
+class ChecksParts(Protocol):
+    """A term that knows which settings its parts read, see :class:`Term`."""
+
+    def check_parts(self, active: Collection[str]) -> None:
+        """Raises a ValueError if it was given something that none of its active parts reads."""
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.attention import check_temperature, feature_attention, guides, node_attention
+from gkd.losses.inputs import unit_scale
 from gkd.losses.matching import cheap_factor, check_matched, mean_over_nodes
 
 __all__ = ["MessageLoss", "VertexLoss", "vertex_loss"]
@@ -40,9 +41,7 @@ def _standardize(x: Tensor, mask: Tensor) -> Tensor:
     exists = mask.unsqueeze(-1)
     x = x.where(exists, 0.0)
     count = (mask.sum(dim=1) * x.size(-1)).clamp(min=1).view(-1, 1, 1)
-    # The result depends on no scale, but the squares of tiny and of huge features leave the range of the floating point numbers.
-    top = x.detach().abs().amax(dim=(1, 2), keepdim=True) if x[:1].numel() else x.new_zeros(x.size(0), 1, 1)
-    x = x / top.where(top > torch.finfo(x.dtype).tiny ** 0.5, 1.0)
+    x = unit_scale(x, (1, 2))
     centred = (x - x.sum(dim=(1, 2), keepdim=True) / count).where(exists, 0.0)
     variance = centred.square().sum(dim=(1, 2), keepdim=True) / count
     # What rounding leaves of a constant is no variation.
@@ -155,6 +154,7 @@ class VertexLoss(nn.Module):
 
     matched_nodes = True
     matched_features = True
+    reads_encoding = False
 
     def __init__(self, guidance: float | None = None, distance: str = "cosine", temperature: float = 1.0) -> None:
         super().__init__()
@@ -204,6 +204,7 @@ class MessageLoss(nn.Module):
     """
 
     matched_nodes = True
+    reads_encoding = False
 
     def __init__(self, conv: nn.Module | None = None, distance: str = "standardized") -> None:
         super().__init__()

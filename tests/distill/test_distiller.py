@@ -8,7 +8,8 @@ from torch import nn
 
 from gkd.distill import Distiller, GradientBalance, Ramp
 from gkd.errors import UserError
-from gkd.losses import ATLoss, CRDLoss, FitNetLoss, KDLoss
+from gkd.graphs import CompleteEdges, GraphBuilder, HeatKernelEncoding, PatchNodes
+from gkd.losses import ATLoss, CRDLoss, EdgeLoss, EncodingLoss, FitNetLoss, GraphLoss, KDLoss
 from gkd.models import ChannelAdapter, Teacher
 
 
@@ -534,3 +535,26 @@ def test_networks_that_return_more_than_a_tensor(wrap, task):
 def test_networks_without_logits():
     with pytest.raises(ValueError, match="Expected a network that returns its logits"):
         Distiller(Returning(lambda logits, features: {"loss": 3}))(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+
+
+@pytest.mark.parametrize(
+    ("encodings", "weight", "message"),
+    [
+        ({"loss": HeatKernelEncoding()}, 0.0, "Expected a weight above 0 of 'encoding', .*, in the term 'graph'"),
+        ({"builder": HeatKernelEncoding()}, 0.0, "Expected an EncodingLoss .* in the term 'graph'"),
+        ({"builder": HeatKernelEncoding()}, 1.0, None),
+        ({"loss": HeatKernelEncoding()}, Ramp(up=3), None),
+        ({}, 0.0, None),
+    ],
+)
+def test_an_encoding_that_no_active_term_reads_is_refused(batch, encodings, weight, message):
+    builder = GraphBuilder(PatchNodes(grid=2), CompleteEdges(), encoding=encodings.get("builder"))
+    graph = GraphLoss(builder, {"edge": EdgeLoss(), "encoding": EncodingLoss(encodings.get("loss"))})
+    options = {"terms": {"graph": graph}, "weights": {"graph/encoding": weight}, "stages": {"graph": ["low"]}}
+    if message is None:
+        distiller = build(**options)
+        distiller.progress(1.0)
+        assert ("graph/low/encoding" in distiller(*batch)) == (weight != 0)
+    else:
+        with pytest.raises(UserError, match=message):
+            build(**options)

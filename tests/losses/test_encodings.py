@@ -205,8 +205,8 @@ def test_mistakes():
         EncodingLoss(alignment="none")
     with pytest.raises(ValueError, match=r"Expected distance 'cosine' or 'mse' with alignment='rotation'"):
         EncodingLoss(alignment="rotation")
-    with pytest.raises(ValueError, match=r"Expected graphs with encodings 'pe' .*give EncodingLoss or their GraphBuilder an encoding"):
-        EncodingLoss()(path_graph(4), path_graph(4))
+    with pytest.raises(ValueError, match=r"Expected encodings 'pe' of both graphs or of none"):
+        EncodingLoss()(path_graph(4), AddEncoding(RandomWalkEncoding(2))(path_graph(4)))
     with pytest.raises(ValueError, match=r"node i being node i \(got student \[1, 4\], teacher \[1, 5\]\)"):
         EncodingLoss()(path_graph(4), path_graph(5))
     walks = [AddEncoding(RandomWalkEncoding(length))(path_graph(4)) for length in (2, 3)]
@@ -220,3 +220,9 @@ def test_graphs_without_nodes(distance, alignment):
     value = encoding_loss(student, torch.zeros(3, 0, 4), None, distance, alignment)
     value.backward()
     assert value.item() == 0
+
+
+def test_without_an_encoding_it_is_the_heat_kernel_signature():
+    builder = GraphBuilder(PatchNodes(), KNNEdges(k=3))
+    graphs = builder(maps(0)), builder(maps(1))
+    assert EncodingLoss()(*graphs).item() == EncodingLoss(HeatKernelEncoding())(*graphs).item()

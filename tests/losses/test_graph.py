@@ -12,6 +12,7 @@ from gkd.graphs.encodings import HeatKernelEncoding, LaplacianEncoding
 from gkd.graphs.message import RelationalConv
 from gkd.graphs.nodes import ChannelNodes, InstanceNodes, PatchNodes, RegionNodes
 from gkd.graphs.spectral import Spectrum
+from gkd.graphs.stages import StageGraph
 from gkd.graphs.testing import fixture_features
 from gkd.losses import EdgeLoss, EncodingLoss, GraphLoss, MessageLoss, SpectralLoss, VertexLoss
 
@@ -283,3 +284,75 @@ def test_bad_options():
         GraphLoss(builder, four(), topology="both")
     with pytest.raises(ValueError, match="Expected at least one term"):
         GraphLoss(builder, {})
+
+
+@pytest.mark.parametrize("topology", ["teacher", "student", "each"])
+def test_stages_as_one_graph(topology):
+    builders = {stage: GraphBuilder(ChannelNodes(grid=2), KNNEdges(k=2)) for stage in ("low", "high")}
+    loss = GraphLoss(StageGraph(builders), {**four(), "kl": EdgeLoss("kl")}, topology)
+    assert loss.level == "stages"
+    assert loss.matched_channels
+    assert loss.map_size is None
+    student = {"low": maps(0).requires_grad_(), "high": maps(1, size=2).requires_grad_()}
+    teacher = {"low": maps(2), "high": maps(3, size=2)}
+    assert all(value.item() == pytest.approx(0, abs=1e-5) for value in loss(student, student).values())
+    values = loss(student, teacher)
+    assert list(values) == ["vertex", "edge", "spectral", "message", "kl"]
+    sum(values.values()).backward()
+    assert all(features.grad.abs().sum() > 0 for features in student.values())
+    graph, _ = loss.graphs(student, teacher)
+    assert graph.stage[:12].tolist() == [0] * 6 + [1] * 6
+    if topology != "each":
+        with pytest.raises(ValueError, match=r"Expected equally many channels .*got student 6, teacher 9"):
+            loss(student, {"low": maps(2), "high": maps(3, channels=9, size=2)})
+
+
+def test_stages_of_relations_need_no_equal_channels():
+    builders = {stage: GraphBuilder(PatchNodes(), KNNEdges(k=2)) for stage in ("low", "high")}
+    loss = GraphLoss(StageGraph(builders), {"edge": EdgeLoss()})
+    assert not loss.matched_channels
+    values = loss({"low": maps(0), "high": maps(1, size=2)}, {"low": maps(2, channels=9), "high": maps(3, channels=9, size=2)})
+    assert values["edge"].isfinite()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("nodes", ["channels", "patches", "instances"])
+def test_diverged_features_give_nan(nodes, bad):
+    """A training stops on NaN with the step, the loss and advice; a ValueError of the graphs would say none of it."""
+    loss = GraphLoss(GraphBuilder(NODES[nodes], KNNEdges(k=2)), four())
+    student = maps(0)
+    student[0, 0, 0, 0] = bad
+    values = loss(student.requires_grad_(), maps(1), parts=["edge", "spectral"])
+    assert list(values) == ["edge", "spectral"]
+    assert all(value.isnan() and value.requires_grad for value in values.values())
+
+
+def test_what_is_wrong_with_the_teacher_is_an_error():
+    teacher = maps(1)
+    teacher[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="Expected finite features"):
+        GraphLoss(GraphBuilder(PatchNodes(), KNNEdges(k=2)), four())(maps(0), teacher)
+
+
+class TestEncodingsThatNobodyReads:
+    def loss(self, encoding=None, own=None):
+        builder = GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=encoding)
+        return GraphLoss(builder, {"edge": EdgeLoss(), "encoding": EncodingLoss(own)})
+
+    def test_of_the_builder(self):
+        self.loss(HeatKernelEncoding()).check_parts(["edge", "encoding"])
+        self.loss().check_parts(["edge"])
+        message = r"Expected an EncodingLoss without an encoding of its own .* \(got HeatKernelEncoding, and terms edge"
+        with pytest.raises(ValueError, match=message):
+            self.loss(HeatKernelEncoding()).check_parts(["edge"])
+        with pytest.raises(ValueError, match=message):
+            self.loss(HeatKernelEncoding(), LaplacianEncoding()).check_parts(["edge", "encoding"])
+
+    def test_of_the_loss(self):
+        self.loss(own=HeatKernelEncoding()).check_parts(["encoding"])
+        with pytest.raises(ValueError, match=r"Expected a weight above 0 of 'encoding', whose EncodingLoss is given an encoding \(got 0\)"):
+            self.loss(own=HeatKernelEncoding()).check_parts(["edge"])
+
+    def test_of_a_builder_whose_reader_is_unknown(self):
+        builder = GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=HeatKernelEncoding())
+        GraphLoss(builder, {"mine": nn.Identity()}).check_parts(["mine"])

@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from gkd.losses.features import FitNetLoss
-from gkd.losses.logits import DISTLoss, DKDLoss, KDLoss, LogitMSELoss, StandardizedLogits, dist_loss, dkd_loss, kd_loss, standardize_logits
+from gkd.losses.logits import (
+    DISTLoss,
+    DKDLoss,
+    KDLoss,
+    LogitMSELoss,
+    SigmoidKDLoss,
+    StandardizedLogits,
+    dist_loss,
+    dkd_loss,
+    kd_loss,
+    sigmoid_kd_loss,
+    standardize_logits,
+)
 
 LOSSES = [KDLoss(), LogitMSELoss(), DKDLoss(), DISTLoss(), StandardizedLogits(KDLoss(2.0)), StandardizedLogits(DKDLoss(temperature=2.0))]
 
@@ -155,3 +167,73 @@ def test_errors(batch):
         dkd_loss(student[:, :1], teacher[:, :1], torch.zeros(6, dtype=torch.long))
     with pytest.raises(TypeError, match="level 'logits'"):
         StandardizedLogits(FitNetLoss())
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), DKDLoss(), DISTLoss()])
+def test_one_logit_and_several_labels_are_for_the_sigmoid_form(loss):
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"at least 2 classes \(got \(4, 1\)\): .*take SigmoidKDLoss"):
+        loss(student[:, :1], teacher[:, :1], torch.zeros(4, dtype=torch.long))
+    labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    for target in (labels, labels.long(), labels.bool()):
+        with pytest.raises(ValueError, match="take SigmoidKDLoss"):
+            loss(student, teacher, target)
+
+
+@pytest.mark.parametrize("loss", [KDLoss(), DISTLoss()])
+def test_mixed_labels_are_no_several_labels(loss):
+    student, teacher, target = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4, 3).softmax(1)
+    assert loss(student, teacher, target) == loss(student, teacher)
+
+
+class TestSigmoidKD:
+    def test_by_hand(self):
+        # student 0 has the chance 1/2, teacher log 3 the chance 3/4: 3/4 log(3/2) + 1/4 log(1/2)
+        expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+        assert sigmoid_kd_loss(torch.zeros(1, 1), torch.tensor([[math.log(3.0)]])).item() == pytest.approx(expected, rel=1e-5)
+
+    def test_one_logit_is_the_softmax_over_two_classes(self):
+        student, teacher = (torch.randn(6, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (0, 1))
+        pairs = [torch.cat([z, torch.zeros_like(z)], 1) for z in (student, teacher)]
+        torch.testing.assert_close(sigmoid_kd_loss(student, teacher, temperature=3.0), kd_loss(*pairs, temperature=3.0))
+        torch.testing.assert_close(sigmoid_kd_loss(student[:, 0], teacher[:, 0]), sigmoid_kd_loss(student, teacher))
+
+    def test_agrees_with_loops(self, batch):
+        student, teacher, _ = batch
+        p, q = (1 / (1 + np.exp(-z.numpy() / 2)) for z in (teacher, student))
+        expected = np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))) * 4
+        assert SigmoidKDLoss(2.0)(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+    def test_a_shift_of_all_logits_counts(self, batch):
+        teacher = batch[1]
+        assert sigmoid_kd_loss(teacher, teacher).item() == 0
+        assert sigmoid_kd_loss(teacher + 1, teacher).item() > 0.01
+        assert kd_loss(teacher + 1, teacher).item() == pytest.approx(0, abs=1e-9)
+
+    def test_ignored_labels(self, batch):
+        student, teacher, _ = batch
+        target = torch.zeros(6, 5)
+        target[0], target[3, 2] = -1, -1
+        counts = target != -1
+        expected = sigmoid_kd_loss(student[counts], teacher[counts])
+        student.requires_grad_()
+        value = SigmoidKDLoss(ignore_label=-1)(student, teacher, target)
+        value.backward()
+        torch.testing.assert_close(value, expected)
+        assert not student.grad[~counts].any()
+        assert SigmoidKDLoss(ignore_label=-1)(student, teacher, torch.full((6, 5), -1.0)).item() == 0
+        with pytest.raises(ValueError, match=r"Expected labels \(6, 5\) with ignore_label=-1 \(got None\)"):
+            SigmoidKDLoss(ignore_label=-1)(student, teacher)
+
+    def test_gradient_and_sure_teachers(self, batch):
+        student, teacher, _ = batch
+        torch.autograd.gradcheck(lambda z: sigmoid_kd_loss(z, teacher, temperature=2.0), student.requires_grad_())
+        sure = torch.tensor([[1e4, -1e4]], requires_grad=True)
+        sigmoid_kd_loss(-sure, sure).backward()
+        assert sure.grad.isfinite().all()
+
+    def test_other_shapes(self):
+        with pytest.raises(ValueError, match=r"Expected logits \[B, K\] or \[B\]"):
+            sigmoid_kd_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+        with pytest.raises(ValueError, match="Expected a temperature above 0"):
+            sigmoid_kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0)

@@ -6,7 +6,7 @@ from scipy.linalg import expm, subspace_angles
 from torch_geometric.data import Batch
 
 from gkd.graphs.builder import GraphBuilder
-from gkd.graphs.dense import from_dense
+from gkd.graphs.dense import from_dense, to_dense
 from gkd.graphs.edges import CompleteEdges, KNNEdges
 from gkd.graphs.nodes import ChannelNodes
 from gkd.graphs.spectral import Spectrum
@@ -332,3 +332,29 @@ def test_identical_channels(edges):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"Expected {message}"):
         SpectralLoss(**options)
+
+
+@pytest.mark.parametrize("cut", ["weighted", "largest", "fixed"])
+def test_a_teacher_without_a_gap_says_nothing(cut):
+    """A complete graph has one eigenvalue n / (n - 1) for all but the kernel: which vectors the solver returns is rounding."""
+    n = 12
+    A = torch.ones(1, n, n) - torch.eye(n)
+    noise = 1e-7 * torch.rand(1, n, n, generator=torch.Generator().manual_seed(0)).triu(1)
+    teacher = from_dense(A + noise + noise.mT)
+    weights = torch.rand(1, n, n, generator=torch.Generator().manual_seed(1))
+    student = from_dense((weights + weights.mT) / 2 * (1 - torch.eye(n)))
+    for number in range(3):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(number))
+        permuted = [from_dense(to_dense(graph)[0][:, order][:, :, order]) for graph in (student, teacher)]
+        assert projector_loss(*permuted, num_eig=4, cut=cut).item() == 0
+
+
+def test_fixed_cut_above_all_the_pairs_needs_no_gap():
+    weights = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(1))
+    connected = from_dense((weights + weights.mT) / 2 * (1 - torch.eye(6)))
+    apart = weights.clone()
+    apart[:, :3, 3:] = 0
+    apart[:, 3:, :3] = 0
+    apart = from_dense((apart + apart.mT) / 2 * (1 - torch.eye(6)))
+    # five dimensions beside the kernel against four, nearly contained in them: 1 - 2 * 4 / 9
+    assert projector_loss(connected, apart, num_eig=6, cut="fixed").item() == pytest.approx(1 / 9, rel=0.05)

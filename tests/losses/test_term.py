@@ -5,8 +5,21 @@ from dataclasses import fields
 import pytest
 from torch import nn
 
-from gkd.graphs import CompleteEdges, GraphBuilder, PatchNodes, RegionNodes
-from gkd.losses import CRDLoss, DenseKDLoss, EdgeLoss, FGDLoss, GraphLoss, GraphTerm, KDLoss, MessageLoss, ReviewKDLoss, Term, VertexLoss
+from gkd.graphs import CompleteEdges, GraphBuilder, HeatKernelEncoding, PatchNodes, RegionNodes
+from gkd.losses import (
+    CRDLoss,
+    DenseKDLoss,
+    EdgeLoss,
+    EncodingLoss,
+    FGDLoss,
+    GraphLoss,
+    GraphTerm,
+    KDLoss,
+    MessageLoss,
+    ReviewKDLoss,
+    Term,
+    VertexLoss,
+)
 from gkd.losses.term import BuildsLayers, RemembersSamples
 
 
@@ -82,6 +95,8 @@ def test_losses_declare_what_they_are():
 
 
 def test_graph_terms():
-    assert GraphTerm.of(nn.Identity()) == GraphTerm(matched_nodes=True, matched_features=True)
-    assert GraphTerm.of(EdgeLoss()) == GraphTerm(matched_nodes=True, matched_features=False)
-    assert GraphTerm.of(MessageLoss()) == GraphTerm(matched_nodes=True, matched_features=True)
+    assert GraphTerm.of(nn.Identity()) == GraphTerm(matched_nodes=True, matched_features=True, reads_encoding=True)
+    assert GraphTerm.of(EdgeLoss()) == GraphTerm(matched_nodes=True, matched_features=False, reads_encoding=False)
+    assert GraphTerm.of(MessageLoss()) == GraphTerm(matched_nodes=True, matched_features=True, reads_encoding=False)
+    assert GraphTerm.of(EncodingLoss()) == GraphTerm(matched_nodes=True, matched_features=False, reads_encoding=True)
+    assert not GraphTerm.of(EncodingLoss(HeatKernelEncoding())).reads_encoding

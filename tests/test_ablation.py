@@ -16,10 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gkd.cli import main
+from gkd.cli.sweep import plan_cells
 from gkd.config import ROOT, configure
 from gkd.models import build_classifier
+from gkd.sweep.commands import Commands
 from gkd.sweep.points import Plan, Sweep
-from gkd.sweep.study import Record
+from gkd.sweep.report import write_report
+from gkd.sweep.study import Outcome
 
 pytest.importorskip("optuna")
 
@@ -55,24 +59,19 @@ def load(name: str, path: str):
     return module
 
 
-@pytest.fixture(scope="module")
-def sweep_module():
-    return load("ablation_sweep", "projects/ablation/sweep.py")
-
-
 @pytest.fixture
-def sweep(sweep_module, tmp_path, monkeypatch):
+def sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base.gin").write_text(BASE)
     Path("small.gin").write_text(ABLATION)
-    return lambda *options: sweep_module.main(["--gin", "small.gin", *options])
+    return lambda *options: main(["sweep", "--gin", "small.gin", *options])
 
 
 def read(file: Path):
-    return configure([str(file)], modules=("gkd.sweep.points",)).build("Sweep")
+    return configure([str(file)]).build("Sweep")
 
 
-def points_of(sweep_module, file: Path, weights: Path, further=("Trainer.device = 'cpu'",)):
+def points_of(file: Path, weights: Path, further=("Trainer.device = 'cpu'",)):
     """The cells of a shipped file, with an untrained teacher at `weights`; each is built, and those that are the same are one."""
     sweep = read(file)
     sweep.teacher_weights = weights
@@ -83,8 +82,8 @@ def points_of(sweep_module, file: Path, weights: Path, further=("Trainer.device 
         save_file(build_classifier("resnet56", num_classes=100).state_dict(), weights)
         sweep.bindings = tuple(line for line in sweep.bindings if not line.startswith("CIFAR100"))
         further += [f"TEACHER_WEIGHTS = '{weights}'", "Classification.data = @RandomImages()", "RandomImages.num_classes = 100"]
-    commands = sweep_module.Commands(sweep, further)
-    return sweep_module.plan_cells(commands, None), commands
+    commands = Commands(sweep, further)
+    return plan_cells(commands, None), commands
 
 
 def test_the_ablations_that_the_issue_names():
@@ -92,10 +91,10 @@ def test_the_ablations_that_the_issue_names():
     assert all(len(read(file).seeds) >= 3 and read(file).baseline for file in FILES)
 
 
-def test_the_place_of_the_teacher_makes_no_difference(sweep_module, tmp_path):
+def test_the_place_of_the_teacher_makes_no_difference(tmp_path):
     file, far = ROOT / "gin/ablation/topology.gin", tmp_path / ("a long name " * 12) / "teacher.safetensors"
     far.parent.mkdir()
-    keys = [[cell.key for cell in points_of(sweep_module, file, path)[0].cells()] for path in (tmp_path / "teacher.safetensors", far)]
+    keys = [[cell.key for cell in points_of(file, path)[0].cells()] for path in (tmp_path / "teacher.safetensors", far)]
     assert keys[0] == keys[1]
     assert len(set(keys[0])) == len(keys[0])
 
@@ -109,8 +108,8 @@ def test_every_method_is_in_methods_gin():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_cell_is_built(file, sweep_module, tmp_path):
-    plan, _ = points_of(sweep_module, file, tmp_path / "teacher.safetensors")
+def test_every_cell_is_built(file, tmp_path):
+    plan, _ = points_of(file, tmp_path / "teacher.safetensors")
     labels = [point.label for point in plan.points]
     assert len(set(labels)) == len(labels)
     assert len({cell.name for cell in plan.cells()}) == len(plan.cells()) == len(labels) * len(plan.sweep.seeds)
@@ -124,11 +123,11 @@ def test_every_cell_is_built(file, sweep_module, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_cell_takes_a_step(file, sweep_module, tmp_path):
+def test_every_cell_takes_a_step(file, tmp_path):
     further = ["Trainer.device = 'cpu'", "Trainer.max_steps = 1", "BATCH_SIZE = 16"]
-    plan, commands = points_of(sweep_module, file, tmp_path / "teacher.safetensors", further)
+    plan, commands = points_of(file, tmp_path / "teacher.safetensors", further)
     for point in plan.points:
-        config = configure(commands.files(point), commands.bindings(point, 0, tmp_path / "teacher.safetensors"))
+        config = configure(commands.files(point), commands.bindings(point, tmp_path / "teacher.safetensors"))
         task = config.build("Classification")
         task.distiller.progress(3.0)
         images, targets, index = next(iter(task.data.batches("train", 16)))
@@ -201,7 +200,7 @@ def start(folder: Path) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     (folder / "base.gin").write_text(BASE)
     (folder / "grid.gin").write_text(GRID)
-    command = [sys.executable, str(ROOT / "projects" / "ablation" / "sweep.py"), "--gin", "grid.gin", "--device", "cpu"]
+    command = [sys.executable, "-m", "gkd", "sweep", "--gin", "grid.gin", "--device", "cpu"]
     with (folder / f"output{len(list(folder.glob('output*')))}.txt").open("w") as output:
         return subprocess.Popen(
             command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -248,7 +247,7 @@ def test_two_processes_share_a_sweep_and_a_killed_one_ends_with_the_same_table(t
     assert accuracies(killed) == accuracies(shared)
 
 
-def test_the_report_opens_in_chromium_without_errors_or_requests(sweep_module, tmp_path, capsys):
+def test_the_report_opens_in_chromium_without_errors_or_requests(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pages = load("pages", "tests/viz/test_pages.py")
     if pages.CHROMIUM is None:
@@ -258,11 +257,11 @@ def test_the_report_opens_in_chromium_without_errors_or_requests(sweep_module, t
     records = {}
     for number, cell in enumerate(plan.cells()):
         results = {**pages.RESULTS, "final": {**pages.RESULTS["final"], "top1": 70.0 + number}, "seed": cell.seed}
-        records[cell.key] = Record(results, None, number)
+        records[cell.key] = Outcome(results, None, number)
         run = tmp_path / "cells" / cell.name
         run.mkdir(parents=True)
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in pages.metrics()))
-    assert sweep_module.report(plan, records, tmp_path, "grid") == 0
+    assert write_report(plan, records, tmp_path, "grid") == 0
     assert "k 8, complete" in capsys.readouterr().out
     text = (tmp_path / "report.html").read_text()
     assert "Mean over the seeds" in text  # the heat map of the axes
@@ -271,7 +270,7 @@ def test_the_report_opens_in_chromium_without_errors_or_requests(sweep_module, t
     assert pages.colors_of(opened.screenshot) > 200
 
 
-def test_cells_without_reports(sweep_module):
+def test_cells_without_reports():
     for reports in (True, False):
-        commands = sweep_module.Commands(Sweep("run.gin", axes={"k": (2,)}, reports=reports), [])
+        commands = Commands(Sweep("run.gin", axes={"k": (2,)}, reports=reports), [])
         assert ("--no-report" in commands.train(commands.sweep.grid()[0], 0)) is not reports

@@ -20,7 +20,7 @@ from gkd.engine.interrupt import Interrupted, Interrupts
 from gkd.errors import UserError
 from gkd.files import write_atomic
 from gkd.sweep.points import Cell, Plan
-from gkd.sweep.study import Record, Study
+from gkd.sweep.study import Outcome, Study
 
 POLL = 0.3  # seconds
 GOODBYE = 60.0  # seconds that a cell gets to write its checkpoint
@@ -46,12 +46,12 @@ class Job:
         self.folder = RunFolder(path)
         path.mkdir(parents=True, exist_ok=True)
         described = path / "cell.json"
-        known = json.loads(described.read_text()) if described.is_file() else {}
-        going_on = known.get("key") == key and self.folder.last.is_file()
+        before = json.loads(described.read_text()) if described.is_file() else {}
+        going_on = before.get("key") == key and self.folder.last.is_file()
         self.command = [*command, "--output", str(path), "--resume" if going_on else "--overwrite"]
         content = json.dumps({"key": key, **(about or {}), "command": self.command}, indent=2)
         write_atomic(described, lambda file: file.write(content.encode()))
-        self._program = Path(command[1]).name
+        self._program = program_name(command)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with (path / "output.txt").open("w") as output, (path / "errors.txt").open("w") as errors:
             self._process = subprocess.Popen(
@@ -64,14 +64,14 @@ class Job:
                 preexec_fn=_die_with_parent if _libc else None,
             )
 
-    def outcome(self) -> Record | None:
+    def outcome(self) -> Outcome | None:
         """What became of it; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
         if code == 0 and self.folder.results.is_file():
-            return Record(json.loads(self.folder.results.read_text()), None, -1)
-        return Record(None, self._reason(code), -1)
+            return Outcome(json.loads(self.folder.results.read_text()), None, -1)
+        return Outcome(None, self._reason(code), -1)
 
     def stop(self, wait: bool = True) -> None:
         """Asks it to write a checkpoint and end; makes it end where it does not in time."""
@@ -89,8 +89,8 @@ class Job:
             return f"ended by the signal {signal.Signals(-code).name}"
         lines = [line for line in (self.folder.path / "errors.txt").read_text(errors="replace").splitlines() if line.strip()]
         begin = next((number for number in reversed(range(len(lines))) if lines[number].startswith(f"{self._program}: ")), len(lines) - 1)
-        told = " ".join(line.strip() for line in lines[max(begin, 0) :]).removeprefix(f"{self._program}: ")
-        return told or (f"ended with the exit code {code}" if code else "ended without results")
+        message = " ".join(line.strip() for line in lines[max(begin, 0) :]).removeprefix(f"{self._program}: ")
+        return message or (f"ended with the exit code {code}" if code else "ended without results")
 
 
 def work(
@@ -100,7 +100,7 @@ def work(
     workers: int,
     ignored: Collection[int] = (),
     tell: Callable[[str], None] = print,
-) -> dict[str, Record]:
+) -> dict[str, Outcome]:
     """Runs the cells that nobody else has run or is running, and waits for those that others run.
 
     Args:
@@ -124,24 +124,24 @@ def work(
             while True:
                 if interrupts.signum is not None:
                     raise Interrupted(interrupts.signum, "Interrupted; what is done is kept. Go on with the same command.")
-                for key in study.beat():  # lost: the process stood still for so long that another one took over
+                for key in study.claims.renew():  # lost: the process stood still for so long that another one took over
                     running.pop(key)[1].stop()
                 for key, (cell, job) in list(running.items()):
                     outcome = job.outcome()
                     if outcome is not None:
                         del running[key]
                         _keep(plan, study, cell, job, outcome, tell)
-                records = study.records(ignored)
-                cells = [cell for cell in plan.cells() if cell.key not in records]
+                outcomes = study.outcomes(ignored)
+                cells = [cell for cell in plan.cells() if cell.key not in outcomes]
                 todo = [cell for cell in cells if cell.key not in running]
-                if not todo and len(running) < workers and not plan.extend(records) and not cells:
-                    return records
+                if not todo and len(running) < workers and not plan.extend(outcomes) and not cells:
+                    return outcomes
                 for cell in todo:
                     if len(running) >= workers:
                         break
-                    if study.claim(cell.key):
-                        if cell.key in study.records(ignored):  # done between the look and the claim
-                            study.release(cell.key)
+                    if study.claims.claim(cell.key):
+                        if cell.key in study.outcomes(ignored):  # done between the look and the claim
+                            study.claims.release(cell.key)
                         else:
                             running[cell.key] = (cell, launch(cell))
                 if todo and not running and not waiting:
@@ -153,19 +153,29 @@ def work(
                 job.stop(wait=False)
             for key, (_, job) in running.items():
                 job.stop()
-                study.release(key)
+                study.claims.release(key)
 
 
-def _keep(plan: Plan, study: Study, cell: Cell, job: Job, outcome: Record, tell: Callable[[str], None]) -> None:
+def program_name(command: Sequence[str]) -> str:
+    """What a program calls itself in its messages: ``gkd train`` of ``python -m gkd train ..``, else the name of its file.
+
+    Examples:
+        >>> program_name(["python", "-m", "gkd", "train", "--gin", "x.gin"]), program_name(["python", "projects/train.py"])
+        ('gkd train', 'train.py')
+    """
+    return " ".join(command[2:4]) if command[1] == "-m" else Path(command[1]).name
+
+
+def _keep(plan: Plan, study: Study, cell: Cell, job: Job, outcome: Outcome, tell: Callable[[str], None]) -> None:
     metric = plan.sweep.metric
     score = None if outcome.results is None else (outcome.results.get("final") or {}).get(metric)
     if outcome.results is not None and not (isinstance(score, int | float) and math.isfinite(score)):
-        outcome = Record(None, f"its results have no final {metric}", -1)
+        outcome = Outcome(None, f"its results have no final {metric}", -1)
     about = {"label": cell.point.label, "seed": cell.seed, "folder": str(job.folder.path), "command": job.command}
     if not study.record(cell.key, about, cell.point.values, plan.sweep.values, outcome, metric):
         return
-    known = study.records()
-    done = sum(other.key in known for other in plan.cells())
+    outcomes = study.outcomes()
+    done = sum(planned.key in outcomes for planned in plan.cells())
     result = f"failed: {outcome.error}" if outcome.results is None else f"{metric} {outcome.results['final'][metric]:.2f}"
     tell(f"{done}/{len(plan.cells())}  {cell.point.label}, seed {cell.seed}: {result}")
 
@@ -173,7 +183,8 @@ def _keep(plan: Plan, study: Study, cell: Cell, job: Job, outcome: Record, tell:
 def make_teacher(study: Study, weights: Path, command: Sequence[str], threads: int, tell: Callable[[str], None] = print) -> None:
     """Trains the teacher where there is none, once for all processes that share the study, and waits for it.
 
-    The training has a folder of its own, which takes its place when it is complete: sweeps with other studies never see a part of it.
+    The training has a folder of its own beside the teacher's, which takes its place when it is complete: no sweep sees a part of it. A
+    training that failed or was interrupted goes on from its last checkpoint the next time.
 
     Args:
         study: Where the work is claimed.
@@ -188,16 +199,16 @@ def make_teacher(study: Study, weights: Path, command: Sequence[str], threads: i
     """
     key = f"teacher {weights.resolve()}"[-250:]
     job: Job | None = None
-    place = weights.parent.with_name(f"{weights.parent.name}.{os.getpid()}")
+    place = weights.parent.with_name(f"{weights.parent.name}.training")
     with Interrupts() as interrupts:
         try:
             while not weights.is_file():
                 if interrupts.signum is not None:
                     raise Interrupted(interrupts.signum, "Interrupted while the teacher was trained. Start again with the same command.")
-                study.beat()
-                if job is None and study.claim(key) and not weights.is_file():
+                study.claims.renew()
+                if job is None and study.claims.claim(key) and not weights.is_file():
                     tell(f"Training the teacher for {weights}")
-                    job = Job(command, place, key, threads)
+                    job = Job(command, place, " ".join(command), threads)
                 outcome = None if job is None else job.outcome()
                 if outcome is not None:
                     if outcome.results is None:
@@ -208,8 +219,7 @@ def make_teacher(study: Study, weights: Path, command: Sequence[str], threads: i
         finally:
             if job is not None:
                 job.stop()
-                study.release(key)
-                shutil.rmtree(place, ignore_errors=True)
+            study.claims.release(key)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -218,6 +228,7 @@ def _move(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         if not (target / path.name).exists():
             os.replace(path, target / path.name)
+    shutil.rmtree(source)
 
 
 def _die_with_parent() -> None:

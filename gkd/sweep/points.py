@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from gkd.errors import UserError
-from gkd.sweep.study import Record, Sampler, Study
+from gkd.sweep.study import Outcome, Sampler, Study
 
 __all__ = ["Sweep"]
 
 Choice = str | Sequence[str]
+TEACHER_WEIGHTS = "runs/ablation/teacher/student.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ class Sweep:
         sampler: ``'grid'`` for all combinations; ``'random'`` or ``'tpe'`` for some of them, chosen by Optuna.
         trials: Number of points that a sampler chooses.
         metric: What is compared, in per cent, and what ``'tpe'`` looks for the highest of.
-        root: Name of the class that the base configures.
-        program: The command line of a cell, from the root of the repository.
         teacher: Gin files of the training that makes the teacher, where the base has one that can be made. It runs once.
-        teacher_weights: Where the teacher is or goes; a folder of its own, which several sweeps may share.
+        teacher_weights: Where that teacher is or goes; a folder of its own, which several sweeps may share. By default
+            ``runs/ablation/teacher/student.safetensors``.
         teacher_macro: Name by which the base calls the teacher's weights.
         workers: Cells that run at a time; None for one on a GPU, and for as many as there are cores divided by `threads` without.
         threads: Threads of a cell on the CPU.
@@ -107,10 +107,8 @@ class Sweep:
         sampler: Sampler = "grid",
         trials: int | None = None,
         metric: str = "top1",
-        root: str = "Classification",
-        program: str = "projects/classification/train_net.py",
         teacher: Choice = (),
-        teacher_weights: str = "runs/ablation/teacher/student.safetensors",
+        teacher_weights: str | None = None,
         teacher_macro: str = "TEACHER_WEIGHTS",
         workers: int | None = None,
         threads: int = 1,
@@ -120,8 +118,10 @@ class Sweep:
         self.axes = {name: _choices(name, values) for name, values in (axes or {}).items()}
         self.references = dict(references or {})
         self.baseline, self.seeds, self.sampler, self.trials = baseline, tuple(seeds), sampler, trials
-        self.metric, self.root, self.program = metric, root, program
-        self.teacher_weights, self.teacher_macro = Path(teacher_weights), teacher_macro
+        self.metric = metric
+        if teacher_weights is not None and not self.teacher:
+            raise ValueError(f"Expected teacher, the gin files that train {teacher_weights}, beside teacher_weights (got none)")
+        self.teacher_weights, self.teacher_macro = Path(teacher_weights or TEACHER_WEIGHTS), teacher_macro
         self.workers, self.threads, self.reports = workers, threads, reports
         if not self.base:
             raise ValueError("Expected at least one gin file as the base (got none)")
@@ -174,14 +174,14 @@ class Plan:
 
     Args:
         sweep: The sweep.
-        study: Where a sampler's points are kept.
+        study: Where a sampler's points are kept; a grid needs none.
         describe: Gives the complete configuration of a point as text, the same on every machine.
 
     Raises:
         UserError: If a point cannot be configured, or the baseline is none of them.
     """
 
-    def __init__(self, sweep: Sweep, study: Study, describe: Callable[[Point], str]) -> None:
+    def __init__(self, sweep: Sweep, study: Study | None, describe: Callable[[Point], str]) -> None:
         self.sweep, self.study, self._describe = sweep, study, describe
         checked = sweep.grid() if sweep.sampler == "grid" else sweep.samples()
         texts = [self._checked(point) for point in checked]
@@ -215,21 +215,21 @@ class Plan:
                 cells.append(Cell(point, seed, key, name))
         return cells
 
-    def extend(self, records: Mapping[str, Record]) -> bool:
+    def extend(self, outcomes: Mapping[str, Outcome]) -> bool:
         """Lets the sampler choose one more point, if it is one's turn; returns whether there may be more to do than before."""
         sweep = self.sweep
-        if sweep.sampler == "grid" or sweep.trials is None:
+        if self.study is None or sweep.trials is None:  # a grid is planned at once
             return False
-        known = self.study.points()
-        if len(known) <= self._proposed:
-            added = self.study.propose(sweep.values, sweep.sampler, sweep.trials, self._scores(records))
-            known = self.study.points()
-            if not added and len(known) <= self._proposed:
-                return len(known) < sweep.trials  # another process is about it
-        for values in known[self._proposed :]:
+        proposed = self.study.points()
+        if len(proposed) <= self._proposed:
+            added = self.study.propose(sweep.values, sweep.sampler, sweep.trials, self._scores(outcomes))
+            proposed = self.study.points()
+            if not added and len(proposed) <= self._proposed:
+                return len(proposed) < sweep.trials  # another process is about it
+        for values in proposed[self._proposed :]:
             if all(values.get(axis) in sweep.axes[axis] for axis in sweep.axes):  # else of a file that has changed since
                 self._add(sweep.point(values))
-        self._proposed = len(known)
+        self._proposed = len(proposed)
         return True
 
     def _add(self, point: Point) -> None:
@@ -237,17 +237,17 @@ class Plan:
             text = self._describe(point)
         except UserError:  # a combination that does not go together: its run says so, and is a failed one
             text = repr(point)
-        if text not in [known for _, known in [*self._points, *self._sampled]]:
+        if text not in [planned for _, planned in [*self._points, *self._sampled]]:
             self._sampled.append((point, text))
 
-    def _scores(self, records: Mapping[str, Record]) -> dict[tuple[str, ...], float]:
+    def _scores(self, outcomes: Mapping[str, Outcome]) -> dict[tuple[str, ...], float]:
         """Mean over the seeds of every point that has results."""
-        found: dict[tuple[str, ...], list[float]] = {}
+        scores: dict[tuple[str, ...], list[float]] = {}
         for cell in self.cells():
-            record = records.get(cell.key)
-            if record is not None and record.results is not None and cell.point.values:
-                found.setdefault(tuple(cell.point.values.values()), []).append(record.results["final"][self.sweep.metric])
-        return {values: statistics.fmean(scores) for values, scores in found.items()}
+            outcome = outcomes.get(cell.key)
+            if outcome is not None and outcome.results is not None and cell.point.values:
+                scores.setdefault(tuple(cell.point.values.values()), []).append(outcome.results["final"][self.sweep.metric])
+        return {values: statistics.fmean(of_seeds) for values, of_seeds in scores.items()}
 
     def _checked(self, point: Point) -> str:
         try:

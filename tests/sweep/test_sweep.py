@@ -15,32 +15,10 @@ from gkd.engine.interrupt import Interrupted
 from gkd.errors import UserError
 from gkd.sweep.cells import Job, make_teacher, work
 from gkd.sweep.points import Plan, Point, Sweep, merge
-from gkd.sweep.study import Record, Study
+from gkd.sweep.study import Outcome, Study
+from tests.sweep.program import PROGRAM
 
 pytest.importorskip("optuna")
-
-# A training that takes no time: its result is made of its bindings. Says in a common file that it ran.
-PROGRAM = """
-import json, os, sys, time
-from pathlib import Path
-
-def option(name):
-    return [value for key, value in zip(sys.argv, sys.argv[1:]) if key == name]
-
-folder, bindings = Path(option("--output")[0]), option("--set")
-with open("ran.txt", "a") as file:
-    file.write(" ".join(bindings) + "\\n")
-if "x = 3" in bindings:
-    sys.exit("program.py: Expected another x (got 3)\\n  while building Run")
-if "x = 4" in bindings:
-    os.kill(os.getpid(), 9)
-if "x = 5" in bindings:
-    raise RuntimeError("a defect")
-time.sleep(float(os.environ.get("SECONDS", "0")))
-score = sum(float(binding.split("=")[1]) for binding in bindings)
-(folder / "results.json").write_text(json.dumps({"final": {"top1": score}, "seed": 0}))
-(folder / "student.safetensors").write_text("weights")
-"""
 
 # A sweep in a process of its own, to be killed.
 SWEEP = """
@@ -211,7 +189,7 @@ def test_one_of_many_gets_a_claim():
     def claim(study: Study) -> None:
         for cell in range(8):
             barrier.wait()
-            if study.claim(f"cell {cell}"):
+            if study.claims.claim(f"cell {cell}"):
                 won.append(cell)
 
     threads = [threading.Thread(target=claim, args=(study,)) for study in studies]
@@ -224,22 +202,22 @@ def test_one_of_many_gets_a_claim():
 
 def test_a_claim_without_a_sign_of_life_is_taken_over():
     first, second, third = open_study(), open_study(patience=0.3), open_study(patience=0.3)
-    assert first.claim("cell")
-    assert not second.claim("cell")
+    assert first.claims.claim("cell")
+    assert not second.claims.claim("cell")
     time.sleep(0.35)
-    assert first._touch("cell")  # alive
-    assert not second.claim("cell")
-    assert not third.claim("cell")
+    assert first.claims.touch("cell")  # alive
+    assert not second.claims.claim("cell")
+    assert not third.claims.claim("cell")
     time.sleep(0.35)
-    assert [second.claim("cell"), third.claim("cell")] == [True, False]
+    assert [second.claims.claim("cell"), third.claims.claim("cell")] == [True, False]
     # The first one comes back: it hears of its loss, and its results do not count.
-    assert not first.record("cell", {}, {}, {}, Record({"final": {"top1": 1.0}}, None, -1), "top1")
-    first._held["cell"] = 0.0
-    assert first.beat() == ["cell"]
-    assert open_study().records() == {}
-    assert second.record("cell", {}, {}, {}, Record({"final": {"top1": 2.0}}, None, -1), "top1")
-    assert third.records()["cell"].results == {"final": {"top1": 2.0}}
-    assert third.claim("cell")
+    assert not first.record("cell", {}, {}, {}, Outcome({"final": {"top1": 1.0}}, None, -1), "top1")
+    first.claims._renewed["cell"] = 0.0
+    assert first.claims.renew() == ["cell"]
+    assert open_study().outcomes() == {}
+    assert second.record("cell", {}, {}, {}, Outcome({"final": {"top1": 2.0}}, None, -1), "top1")
+    assert third.outcomes()["cell"].results == {"final": {"top1": 2.0}}
+    assert third.claims.claim("cell")
 
 
 def test_killed_and_started_again(repository):

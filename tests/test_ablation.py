@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from gkd.cli import main
 from gkd.cli.sweep import plan_cells
-from gkd.config import ROOT, configure
+from gkd.config import configure
 from gkd.models import build_classifier
 from gkd.sweep.commands import Commands
 from gkd.sweep.points import Plan, Sweep
@@ -27,6 +27,7 @@ from gkd.sweep.study import Outcome
 
 pytest.importorskip("optuna")
 
+ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "gin" / "ablation").glob("*.gin"))
 
 BASE = """
@@ -45,7 +46,7 @@ ABLATION = """
 Sweep.base = 'base.gin'
 Sweep.axes = {
     'Trainer.epochs': (1,),
-    'rate': {'low': ('Trainer.optimizer = @SGD()', 'SGD.lr = 0.01'), 'broken': 'Trainer.clip_norm = "one"'},
+    'rate': {'low': ('Trainer.optimizer = @SGD()', 'SGD.lr = 0.01'), 'broken': ('Trainer.optimizer = @SGD()', 'SGD.lr = 1e30')},
 }
 Sweep.baseline = 'low'
 Sweep.seeds = (0,)

@@ -16,7 +16,7 @@ from torch import Tensor
 CONTAINERS = ("model", "state_dict", "student", "model_state_dict", "net", "network", "backbone", "model_ema", "state_dict_ema", "ema")
 
 # What public checkpoints keep beside the weights: command line options, paths and NumPy's numbers. None of these can run anything.
-_core: Any = getattr(np, "_core", None) or np.core  # type: ignore[attr-defined]
+_core: Any = getattr(np, "_core", None) or np.core
 _scalar = _core.multiarray.scalar
 _DTYPES = tuple(getattr(np.dtypes, name) for name in ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType"))
 HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from gkd.config import configure
-from gkd.models import build_classifier
+from gkd.models import FeatureTaps, build_classifier
 from gkd.sources import RECIPES
 
 FOLDER = RECIPES
@@ -105,3 +105,32 @@ def test_the_crd_recipe(tmp_path):
     assert (sgd.lr, sgd.momentum, sgd.weight_decay, sgd.nesterov, sgd.decay_norm_and_bias) == (0.05, 0.9, 5e-4, False, True)
     factors = [task.trainer.schedule(epoch * 782, 240 * 782, 782) for epoch in (0, 149, 150, 179, 180, 210)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize("file", names(path for path in sorted(FOLDER.glob("models/*_*.gin")) if "Distiller.taps" in path.read_text()))
+def test_every_pair_has_the_places_that_methods_look_at(file):
+    bound = {
+        binding.name: binding.value
+        for binding in configure(
+            [f"gin/{file}"], ["TEACHER_WEIGHTS = ''", "EPOCHS = 1", "LR = 1.0", "WEIGHT_DECAY = 0.0", "BATCH_SIZE = 1"]
+        )._history
+    }
+    taps = {**bound["Distiller.taps"], **bound["Distiller.extra_taps"]}
+    assert {"last", "pool"} <= taps.keys()
+    for place, network in enumerate((bound["STUDENT"], bound["TEACHER"])):
+        options = bound.get(f"{('student', 'teacher')[place]}/Network.options") or {}
+        with torch.device("meta"):
+            model = build_classifier(network, num_classes=10, **options)
+        shapes = FeatureTaps(model, [paths[place] for paths in taps.values()]).shapes((3, 32, 32))
+        assert list(shapes[taps["pool"][place]][2:]) in ([], [1, 1])
+
+
+def test_methods_look_where_the_published_ones_do():
+    places = {}
+    for file in METHODS:
+        bound = {binding.name: binding.value for binding in configure([str(file)])._history}
+        places |= {file.stem: bound["Distiller.stages"]}
+    expected = {"crd": "pool", "rkd": "pool", "pkt": "pool", "cc": "pool", "hkd": "pool", "sp": "last", "ickd": "last"}
+    assert {method: places[method][method] for method in expected} == {method: [place] for method, place in expected.items()}
+    assert places["ofd"] == {"ofd": ["pre1", "pre2", "pre3"]}
+    assert places["reviewkd"] == {"reviewkd": ["pre1", "pre2", "pre3", "pool"]}

@@ -51,7 +51,8 @@ class Distiller(nn.Module):
         terms: The losses by name. Names hold no ``/``.
         weights: Numbers, :class:`~gkd.distill.Ramp` or functions of the epoch, by key; :class:`~gkd.distill.Share` of one of these for a
             weight in units of the task's gradient. ``task`` is the task's own.
-        stages: Which stages a term looks at, where it is not all of them.
+        stages: Which stages a term looks at, where it is not all of ``taps``.
+        extra_taps: Further taps, such as the pooled vector, for the terms alone that name them in ``stages``.
         task: The loss ``(student_output, targets)`` of the task; a tensor, or a dictionary of named ones. By default the cross-entropy.
             The losses of torch see the logits in what the student returns (:func:`~gkd.models.read_logits`), any other sees all of it.
         label_smoothing: Of the default task loss.
@@ -87,6 +88,7 @@ class Distiller(nn.Module):
         terms: Mapping[str, nn.Module] | None = None,
         weights: Mapping[str, float | Schedule | Callable[[float], float]] | None = None,
         stages: Mapping[str, Sequence[str]] | None = None,
+        extra_taps: Mapping[str, Sequence[str] | str] | None = None,
         task: nn.Module | None = None,
         label_smoothing: float = 0.0,
         balance: GradientBalance | str | None = None,
@@ -106,8 +108,11 @@ class Distiller(nn.Module):
         self.task = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if task is None else task
         self._task_reads_logits = isinstance(self.task, nn.modules.loss._Loss)
 
-        paths = {stage: two_paths(stage, path) for stage, path in (taps or {}).items()}
-        calls = plan_calls(terms, list(paths), stages or {})
+        taps, extra_taps = taps or {}, extra_taps or {}
+        if twice := [stage for stage in extra_taps if stage in taps]:
+            raise UserError(f"Expected other names in 'extra_taps' than in 'taps' (got {', '.join(twice)} in both)")
+        paths = {stage: two_paths(stage, path) for stage, path in (*taps.items(), *extra_taps.items())}
+        calls = plan_calls(terms, list(taps), stages or {}, list(extra_taps))
         names = [LossName("task"), *(name for call in calls for name in call.names)]
         self._schedules = resolve_weights(weights or {}, names)
         self._calls = [call for call in calls if not all(self._schedules[name].always_zero for name in call.losses.values())]

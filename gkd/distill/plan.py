@@ -42,19 +42,22 @@ def loss_name(term: str, level: str, stages: Sequence[str], part: str | None) ->
     return LossName(term, stages[0] if level == "stage" else None, part)
 
 
-def plan_calls(terms: Mapping[str, nn.Module], stages: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> list[Call]:
+def plan_calls(
+    terms: Mapping[str, nn.Module], stages: Sequence[str], chosen: Mapping[str, Sequence[str]], extra: Sequence[str] = ()
+) -> list[Call]:
     """Lists which term is evaluated at which stages.
 
     Args:
         terms: The losses by name.
-        stages: All stages, shallow to deep.
-        chosen: The stages of a term, where these are not all.
+        stages: The stages that a term looks at by default, shallow to deep.
+        chosen: The stages of a term, where these are others.
+        extra: Further stages that it may look at.
 
     Raises:
         UserError: If a name is unknown or cannot be used, or a term has nothing to look at or declares something else than a
             :class:`~gkd.losses.Term` may.
     """
-    for stage in stages:
+    for stage in (*stages, *extra):
         _check_name(stage, "stage")
     for name in chosen:
         if name not in terms:
@@ -66,9 +69,9 @@ def plan_calls(terms: Mapping[str, nn.Module], stages: Sequence[str], chosen: Ma
             term = Term.of(module, name)
         except ValueError as error:
             raise UserError(str(error)) from error
-        term_stages = _stages_of(name, term.level, stages, chosen)
+        term_stages = _stages_of(name, term.level, stages, chosen.get(name), extra)
         parts = term.parts or (None,)
-        twice = sorted(set(term.parts).intersection(stages))
+        twice = sorted(set(term.parts).intersection((*stages, *extra)))
         if twice:
             raise UserError(f"Expected no stage to be named as a part of the term '{name}' (got '{twice[0]}')")
         groups = [(stage,) for stage in term_stages] if term.level == "stage" else [tuple(term_stages)]
@@ -92,18 +95,18 @@ def module_key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _stages_of(term: str, level: str, stages: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> list[str]:
+def _stages_of(term: str, level: str, stages: Sequence[str], chosen: Sequence[str] | None, extra: Sequence[str]) -> list[str]:
     if level == "logits":
-        if term in chosen:
-            raise UserError(f"Expected no stages for the term '{term}', which compares logits (got {list(chosen[term])})")
+        if chosen is not None:
+            raise UserError(f"Expected no stages for the term '{term}', which compares logits (got {list(chosen)})")
         return []
-    wanted = chosen.get(term, stages)
+    wanted, existing = stages if chosen is None else chosen, [*stages, *extra]
     for stage in wanted:
-        if stage not in stages:
-            raise UserError(unknown_name(f"a stage of the term '{term}'", stage, stages))
+        if stage not in existing:
+            raise UserError(unknown_name(f"a stage of the term '{term}'", stage, existing))
     if not wanted:
         raise UserError(f"Expected a stage for the term '{term}': give it in 'taps' (got taps {list(stages)})")
-    return [stage for stage in stages if stage in wanted]
+    return [stage for stage in existing if stage in wanted]
 
 
 def _check_name(name: str, kind: str) -> None:

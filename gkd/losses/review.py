@@ -78,6 +78,15 @@ class AttentionFusion(nn.Module):
         return self.expand(x), x
 
 
+def as_map(features: Tensor) -> Tensor:
+    """A vector as a map of one pixel; a map stays as it is.
+
+    Shapes:
+        - **features** [B, C, h, w] or [B, C]; **output** [B, C, h, w] or [B, C, 1, 1]
+    """
+    return features[:, :, None, None] if features.dim() == 2 else features
+
+
 class ReviewKDLoss(nn.Module):
     """Knowledge review: every student stage, fused with all deeper ones, is compared with the teacher's by :func:`hcl_loss`.
 
@@ -86,7 +95,8 @@ class ReviewKDLoss(nn.Module):
 
     Args:
         max_mid_channels: What is handed from stage to stage has as many channels as the student's deepest stage, at most this many.
-        pooled: Whether the spatial mean of the deepest stage takes part as one stage more, as it does in the published CIFAR recipe.
+        pooled: Whether the spatial mean of the deepest stage takes part as one stage more. The published recipe for CIFAR compares maps
+            before their activation and the pooled vector, which is no mean of these: tap it as the last stage, and leave this out.
     """
 
     level = "stages"
@@ -97,7 +107,7 @@ class ReviewKDLoss(nn.Module):
         self.fusions = nn.ModuleList()
 
     def build(self, student_shapes: Mapping[str, torch.Size], teacher_shapes: Mapping[str, torch.Size]) -> None:
-        """Creates a fusion for every stage of these shapes [B, C, h, w], given from shallow to deep."""
+        """Creates a fusion for every stage of these shapes [B, C, h, w] or [B, C], given from shallow to deep."""
         channels = [(shape[1], teacher_shapes[stage][1]) for stage, shape in student_shapes.items()]
         if not channels:
             raise ValueError("Expected at least one stage (got none)")
@@ -108,7 +118,7 @@ class ReviewKDLoss(nn.Module):
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
         """Returns the loss of all stages, given from shallow to deep."""
-        students, teachers = list(student.values()), [teacher[stage] for stage in student]
+        students, teachers = [as_map(x) for x in student.values()], [as_map(teacher[stage]) for stage in student]
         if self.pooled:
             students.append(students[-1].mean((2, 3), keepdim=True))
             teachers.append(teachers[-1].mean((2, 3), keepdim=True))

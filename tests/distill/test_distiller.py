@@ -9,7 +9,7 @@ from torch import nn
 from gkd.distill import Distiller, GradientBalance, Ramp
 from gkd.errors import UserError
 from gkd.graphs import CompleteEdges, GraphBuilder, HeatKernelEncoding, PatchNodes
-from gkd.losses import ATLoss, CRDLoss, EdgeLoss, EncodingLoss, FitNetLoss, GraphLoss, KDLoss
+from gkd.losses import ATLoss, CRDLoss, EdgeLoss, EncodingLoss, FitNetLoss, GraphLoss, KDLoss, RKDLoss
 from gkd.models import ChannelAdapter, Teacher
 
 
@@ -558,3 +558,15 @@ def test_an_encoding_that_no_active_term_reads_is_refused(batch, encodings, weig
     else:
         with pytest.raises(UserError, match=message):
             build(**options)
+
+
+def test_extra_taps_are_for_the_terms_that_name_them():
+    images, targets = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    networks = [Returning(lambda logits, features: logits) for _ in range(2)]
+    settings = {"taps": {"conv": "conv"}, "extra_taps": {"logits": "fc"}}
+    losses = Distiller(*networks, terms={"at": ATLoss(), "rkd": RKDLoss()}, stages={"rkd": ["logits"]}, **settings)(images, targets)
+    assert list(losses) == ["task", "at/conv", "rkd/logits"]
+    with pytest.raises(UserError, match=r"(?s)a stage of the term 'rkd'.*logit"):
+        Distiller(*networks, terms={"rkd": RKDLoss()}, stages={"rkd": ["logit"]}, **settings)
+    with pytest.raises(UserError, match="Expected other names in 'extra_taps'"):
+        Distiller(*networks, taps={"conv": "conv"}, extra_taps={"conv": "fc"})

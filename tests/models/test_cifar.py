@@ -184,3 +184,25 @@ def test_initial_weights():
     assert not model.classifier.bias.any()
     assert not wrn_16_1().fc.bias.any()
     assert resnet20().fc.bias.any()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "ResNet50", "ShuffleV1", "ShuffleV2"])
+def test_maps_before_their_activation(name):
+    model = CIFAR_MODELS[name](num_classes=10)
+    stages = [path for path in model.stages if path != "layer4"]
+    _, features = FeatureTaps(model, [*stages, *(f"{stage}.-1.preact" for stage in stages)])(torch.randn(2, 3, 8, 8))
+    for stage in stages:
+        before, after = features[f"{stage}.-1.preact"].detach(), features[stage].detach()
+        assert float(before.min()) < 0
+        if name == "ShuffleV2":
+            before = before.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # the shuffle comes after
+        torch.testing.assert_close(before.relu(), after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_the_pooled_vector_pulls_at_everything_below_the_classifier(name):
+    model = CIFAR_MODELS[name](num_classes=10)
+    _, features = FeatureTaps(model, "avgpool")(torch.randn(2, 3, 8, 8))
+    features["avgpool"].square().sum().backward()
+    lacking = {key.split(".")[0] for key, parameter in model.named_parameters() if parameter.grad is None}
+    assert lacking <= {"fc", "linear", "classifier"}

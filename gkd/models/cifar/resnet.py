@@ -20,12 +20,13 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         same = stride == 1 and in_channels == out_channels
         self.downsample = nn.Identity() if same else projection(in_channels, out_channels, stride)
+        self.preact = nn.Identity()  # a place to tap
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the activated sum of the convolutions and the shortcut."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.downsample(x), inplace=True)
+        return F.relu(self.preact(out + self.downsample(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -42,20 +43,21 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         same = stride == 1 and in_channels == out_channels
         self.shortcut = nn.Identity() if same else projection(in_channels, out_channels, stride)
+        self.preact = nn.Identity()  # a place to tap
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the activated sum of the convolutions and the shortcut."""
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        return F.relu(self.preact(out + self.shortcut(x)), inplace=True)
 
 
 class ResNet(nn.Module):
     """The three-stage residual network for 32x32 images, with the parameter names of the CRD zoo.
 
-    Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1, 1/2 and 1/4 of the image's size, `avgpool` the
-    pooled features [B, D], `layerN.M.bn2` a residual branch before its shortcut is added.
+    Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1, 1/2 and 1/4 of the image's size, `layer1.-1.preact`, ... the
+    same before activation, `avgpool` the pooled features [B, D].
 
     Args:
         depth: Number of layers, 6 n + 2.
@@ -96,7 +98,7 @@ class BottleneckResNet(nn.Module):
     """The four-stage residual network of ImageNet with a 3x3 first convolution and no max-pooling, for 32x32 images.
 
     Stages: `layer1` to `layer4` give the activated maps at 1, 1/2, 1/4 and 1/8 of the image's size, with 256, 512, 1024
-    and 2048 channels; `avgpool` gives the pooled features [B, 2048].
+    and 2048 channels, `layer1.-1.preact`, ... the same before activation; `avgpool` gives the pooled features [B, 2048].
 
     Args:
         depths: Number of blocks of the four stages.

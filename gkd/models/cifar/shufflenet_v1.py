@@ -26,6 +26,7 @@ class ShuffleUnit(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = conv1x1(channels, branch, groups=groups)
         self.bn3 = nn.BatchNorm2d(branch)
+        self.preact = nn.Identity()  # a place to tap
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the activated sum, or concatenation, of branch and input."""
@@ -34,14 +35,14 @@ class ShuffleUnit(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)), inplace=True)
         out = self.bn3(self.conv3(out))
         out = torch.cat([out, F.avg_pool2d(x, 3, stride=2, padding=1)], dim=1) if self.downsample else out + x
-        return F.relu(out, inplace=True)
+        return F.relu(self.preact(out), inplace=True)
 
 
 class ShuffleNetV1(nn.Module):
     """ShuffleNet for 32x32 images with a 1x1 first convolution, and the parameter names of the CRD zoo.
 
-    Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1/2, 1/4 and 1/8 of the image's size, `avgpool` the
-    pooled features [B, D].
+    Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1/2, 1/4 and 1/8 of the image's size, `layer1.-1.preact`, ... the
+    same before activation, `avgpool` the pooled features [B, D].
 
     Args:
         widths: Channels of the three stages.

@@ -22,14 +22,16 @@ class BasicUnit(nn.Module):
         self.bn2 = nn.BatchNorm2d(half)
         self.conv3 = conv1x1(half, half)
         self.bn3 = nn.BatchNorm2d(half)
+        self.preact = nn.Identity()  # a place to tap
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the shuffled halves."""
         kept, out = x.chunk(2, dim=1)
         out = F.relu(self.bn1(self.conv1(out)), inplace=True)
         out = self.bn2(self.conv2(out))
-        out = F.relu(self.bn3(self.conv3(out)), inplace=True)
-        return shuffle_channels(torch.cat([kept, out], dim=1), 2)
+        out = self.preact(torch.cat([kept, self.bn3(self.conv3(out))], dim=1))
+        # The half that is kept was activated by the unit before: a second time changes neither it nor its gradient.
+        return shuffle_channels(F.relu(out, inplace=True), 2)
 
 
 class DownUnit(nn.Module):
@@ -66,8 +68,8 @@ def _stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
 class ShuffleNetV2(nn.Module):
     """ShuffleNetV2 for 32x32 images with a 1x1 first convolution, and the parameter names of the CRD zoo.
 
-    Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1/2, 1/4 and 1/8 of the image's size, `avgpool` the
-    pooled features [B, D] of the last 1x1 convolution.
+    Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1/2, 1/4 and 1/8 of the image's size, `layer1.-1.preact`, ... the
+    same before activation (with channels in another order), `avgpool` the pooled features [B, D] of the last 1x1 convolution.
 
     Args:
         widths: Channels of the three stages and of the last convolution.

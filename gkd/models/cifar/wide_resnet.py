@@ -44,8 +44,8 @@ class WideResNet(nn.Module):
     """The wide residual network for 32x32 images, with the parameter names of the CRD zoo.
 
     Stages: `block1`, `block2`, `block3` give the maps at 1, 1/2 and 1/4 of the image's size *before* activation, as
-    published feature losses use them. The same maps after norm and ReLU are at `block2.layer.0.relu1`,
-    `block3.layer.0.relu1` and `relu`; `avgpool` gives the pooled features [B, D].
+    published feature losses use them. The same maps after the norm are at `block2.layer.0.bn1`, `block3.layer.0.bn1` and `bn1`, after
+    the ReLU too at `block2.layer.0.relu1`, `block3.layer.0.relu1` and `relu`; `avgpool` gives the pooled features [B, D].
 
     Args:
         depth: Number of layers, 6 n + 4.

@@ -39,7 +39,7 @@ Classification.batch_size = 12
 Classification.student = @student/Network()
 student/Network.name = 'resnet8'
 Classification.trainer = @Trainer()
-Trainer.tensorboard = False
+Trainer.loggers = ()
 Trainer.device = 'cpu'
 """
 ABLATION = """

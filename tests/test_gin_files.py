@@ -38,7 +38,7 @@ def overrides(files: list[str], tmp_path, batch_size: int) -> list[str]:
         f"BATCH_SIZE = {batch_size}",
         "Trainer.device = 'cpu'",
         "Trainer.max_steps = 1",
-        "Trainer.tensorboard = False",
+        "Trainer.loggers = ()",
     ]
     for macro, network in (("TEACHER_WEIGHTS", "TEACHER"), ("WEIGHTS", "STUDENT")):
         if macro in bound:

@@ -23,7 +23,7 @@ Classification.student = @student/Network()
 student/Network.name = 'resnet8'
 Classification.trainer = @Trainer()
 Trainer.epochs = 2
-Trainer.tensorboard = False
+Trainer.loggers = ()
 Trainer.log_every = 1
 """
 

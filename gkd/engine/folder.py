@@ -55,6 +55,7 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
         self.tensorboard = self.path / "tensorboard"
+        self.loggers = self.path / "loggers.json"
         self.onnx = self.path / "student.onnx"
         self.program = self.path / "student.pt2"
         self.lock = FolderLock(self.path / ".lock")
@@ -62,8 +63,8 @@ class RunFolder:
     @property
     def contents(self) -> tuple[Path, ...]:
         """What a training may write."""
-        files = (self.config, self.metrics, self.student, self.results, self.report, self.onnx, self.program)
-        return (*files, self.last.parent, self.tensorboard)
+        files = (self.config, self.metrics, self.student, self.results, self.report, self.loggers, self.onnx, self.program)
+        return (*files, self.last.parent, self.tensorboard, self.path / "csv")
 
     def prepare(self, resume: bool = False, overwrite: bool = False) -> None:
         """Makes the folder ready to be written to.

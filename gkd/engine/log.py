@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: JSON lines, TensorBoard and the terminal. Each takes the same records."""
+"""Where the numbers of a training go: JSON lines and the terminal. Each takes the same records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +26,10 @@ class Writer(Protocol):
         """Takes one record."""
 
     def advance(self, step: int) -> None:
-        """Hears that a step was made."""
+        """Takes the number of steps made."""
 
     def close(self) -> None:
-        """Ends."""
+        """Closes the place."""
 
 
 class MetricsFile:
@@ -85,36 +86,38 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class TensorBoardLog:
-    """Scalars for TensorBoard, named kind/name.
+def say(text: str) -> None:
+    """Prints a line; once the terminal is gone, nothing."""
+    with surviving_terminal():
+        print(text, flush=True)
 
-    Args:
-        folder: Where the event files go.
-        purge_step: Drop what an earlier run wrote from this step on.
-    """
 
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+@contextmanager
+def surviving_terminal() -> Iterator[None]:
+    """Within, output that nobody takes any more (a closed pipe or terminal) does no harm, and from then on goes nowhere."""
+    try:
+        yield
+    except OSError:
+        # ValueError: standard output that is no file, as in a notebook. What is buffered has to go somewhere when Python ends.
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
-    def write(self, record: Record) -> None:
-        """Adds every number of the record."""
-        prefix = record.get("split", record["kind"])
-        for name, value in record.items():
-            if isinstance(value, float | int) and name not in ("step", "epoch"):
-                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
+class _Console(Console):
+    """A console that goes on without its terminal, also in the thread that moves the bar."""
 
-    def advance(self, step: int) -> None:
-        """Steps leave no point."""
+    def print(self, *objects: Any, **options: Any) -> None:
+        with surviving_terminal():
+            super().print(*objects, **options)
 
-    def close(self) -> None:
-        """Writes what is pending."""
-        self._writer.close()
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the program
 
 
 class TerminalLog:
-    """A progress bar with the last numbers and the time left; plain lines where the output is no terminal.
+    """A progress bar with the last numbers and the time left; plain lines where the output is no terminal. It survives its terminal.
 
     Args:
         total_steps: Steps of the whole training.
@@ -124,7 +127,7 @@ class TerminalLog:
 
     def __init__(self, total_steps: int, total_epochs: int, step: int = 0) -> None:
         self._total_steps, self._total_epochs = total_steps, total_epochs
-        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._console = _Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if self._console.is_terminal:
@@ -145,22 +148,25 @@ class TerminalLog:
         """Shows training numbers beside the bar, and every evaluation on a line that stays."""
         line = format_record(record, self._total_steps, self._total_epochs)
         if self._progress is None:
-            print(line, flush=True)
+            say(line)
         elif record["kind"] == "train":
             description = f"epoch {record['epoch']}/{self._total_epochs}"
-            self._progress.update(self._task, description=description, numbers=_numbers(record))
+            with surviving_terminal():
+                self._progress.update(self._task, description=description, numbers=_numbers(record))
         else:
             self._console.print(line, markup=False)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            with surviving_terminal():
+                self._progress.update(self._task, completed=step)
 
     def close(self) -> None:
         """Removes the bar."""
         if self._progress is not None:
-            self._progress.stop()
+            with surviving_terminal():
+                self._progress.stop()
 
 
 def format_record(record: Record, total_steps: int, total_epochs: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gkd.engine.checkpoint import rng_state, save_checkpoint, set_rng_state
 from gkd.engine.folder import RunFolder
-from gkd.engine.interrupt import Interrupted, Interrupts
-from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, Writer
+from gkd.engine.interrupt import Agreement, Interrupted, Interrupts
 from gkd.engine.position import Clock, Summary
+from gkd.engine.records import Records
 from gkd.engine.settings import Settings
 from gkd.engine.state import TrainingState
 from gkd.engine.trainable import Trainable
@@ -47,13 +47,12 @@ class Loop:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
 
-        self.state = TrainingState(model, self.raw_optimizer, settings.autocast, steps_per_epoch, self.device)
+        self.average = None if settings.ema is None else settings.ema(task.student)
+        self.state = TrainingState(model, self.raw_optimizer, settings.autocast, self.average, steps_per_epoch, self.device)
         self.position, self.window = self.state.position, self.state.window
         self.interrupts, self.clock = Interrupts(), Clock()
-        self.writers: list[Writer] = []
-        self.metrics_file: MetricsFile | None = None
-        self._log_length = 0
-        self._logged = (0.0, 0)  # time and samples at the last record
+        self.records = Records(self.position, self.total, steps_per_epoch)
+        self.agreement = Agreement(self.device)
 
     # ---------------------------------------------------------------- the loop
 
@@ -61,8 +60,10 @@ class Loop:
         """Trains from where the position is."""
         stop = min(self.total, self.settings.max_steps or self.total)
         with self.interrupts:
-            self._open_writers()
+            if self.fabric.is_global_zero:
+                self.records.open(self.folder, self.settings.loggers)
             try:
+                self.fabric.call("on_train_start", task=self.task, step=self.position.step)
                 self._evaluate_if_due()  # an evaluation that an interruption came before
                 self.clock.start()
                 for batch in self._stream(stop):
@@ -70,13 +71,19 @@ class Loop:
                     self._after_step(stop)
                 self.clock.stop()
             finally:
-                for writer in self.writers:
-                    writer.close()
+                self.records.close()
+        summary = self._summary()
+        if summary.finished and self.average is not None:
+            self.average.apply()
+        self.fabric.call("on_train_end", task=self.task, summary=summary)
+        return summary
+
+    def _summary(self) -> Summary:
         position = self.position
         seconds = position.seconds + self.clock.seconds
         return Summary(
             step=position.step,
-            finished=position.step >= self.total,
+            finished=position.stopped or position.step >= self.total,
             last=position.last,
             best=position.best,
             seconds=seconds,
@@ -84,20 +91,20 @@ class Loop:
         )
 
     def _stream(self, stop: int) -> Iterator[tuple]:
-        """Batches up to step `stop`; whoever takes one moves the position on."""
-        while self.position.step < stop:
+        """Batches up to step `stop`, or to an early stop; whoever takes one moves the position on."""
+        while self.position.step < stop and not self.position.stopped:
             epoch, start = divmod(self.position.step, self.steps_per_epoch)
             try:
                 for batch in self.task.train_batches(epoch=epoch, start=start):
                     yield batch
-                    if self.position.step >= stop or self.position.step % self.steps_per_epoch == 0:
+                    if self.position.step >= stop or self.position.step % self.steps_per_epoch == 0 or self.position.stopped:
                         break
             except RuntimeError:
                 # Ctrl-C reaches the workers of a data loader too, and the next batch fails because they are gone.
                 if self.interrupts.signum is None:
                     raise
                 self._stop(self.interrupts.signum)
-            if self.position.step < stop and self.position.step % self.steps_per_epoch:
+            if self.position.step < stop and self.position.step % self.steps_per_epoch and not self.position.stopped:
                 given = self.position.step - epoch * self.steps_per_epoch
                 raise ValueError(f"Expected {self.steps_per_epoch} batches in epoch {epoch} (got {given})")
             if self.position.step == epoch * self.steps_per_epoch + start:
@@ -133,6 +140,9 @@ class Loop:
         self.position.step += 1
         self.position.samples += self.task.batch_size
         self.window.add(self.position.step, values)
+        if self.average is not None:
+            self.average.update()
+        self.fabric.call("on_step_end", task=self.task, step=self.position.step, losses=values)
 
     def _losses(self, part: tuple) -> dict[str, Tensor]:
         try:
@@ -148,12 +158,12 @@ class Loop:
         step = self.position.step
         if self.device.type == "cpu":
             self._check_finite()
-        for writer in self.writers:
-            writer.advance(step)
-        is_logged = step % self.settings.log_every == 0 or step == self.total
-        if is_logged:
+        self.records.advance()
+        if step % self.settings.log_every == 0 or step == self.total:
             self._log()
-        signum = self._wish_to_stop(is_logged)
+        signum = self.interrupts.signum or 0
+        if self.fabric.world_size > 1:
+            signum = self.agreement.ask(signum, step)
         if signum:
             self._stop(signum)
         if not self._evaluate_if_due():
@@ -172,35 +182,10 @@ class Loop:
 
     # ---------------------------------------------------------------- records
 
-    def _open_writers(self) -> None:
-        if not self.fabric.is_global_zero:
-            return
-        step = self.position.step
-        total_epochs = -(-self.total // self.steps_per_epoch)
-        self.writers = [TerminalLog(self.total, total_epochs, step)]
-        if self.folder is not None:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.metrics_file = MetricsFile(self.folder.metrics, self._log_length)
-            self.writers.append(self.metrics_file)
-            if self.settings.tensorboard:
-                self.writers.append(TensorBoardLog(self.folder.tensorboard, purge_step=step + 1 if step else None))
-
-    def _write(self, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-        step = self.position.step
-        record = {"kind": kind, "epoch": -(-step // self.steps_per_epoch), "step": step, **numbers}
-        for writer in self.writers:
-            writer.write(record)
-        return record
-
     def _log(self) -> None:
         self._check_finite()
         reduce = (lambda means: self.fabric.all_reduce(means, reduce_op="mean")) if self.fabric.world_size > 1 else None
-        means = self.window.means(reduce)
-        self.window.reset()
-        seconds, samples = self.clock.read(), self.position.samples
-        rate = (samples - self._logged[1]) / max(1e-9, seconds - self._logged[0])
-        self._logged = (seconds, samples)
-        self._write("train", {"lr": self.raw_optimizer.param_groups[0]["lr"], **means, "images_per_second": rate})
+        self.records.write_means(self.window, self.raw_optimizer.param_groups[0]["lr"], self.clock, reduce)
 
     def _check_finite(self) -> None:
         """Raises if a loss was not finite. This waits for the device: on an accelerator it is asked at log points and before saving."""
@@ -243,18 +228,30 @@ class Loop:
         random_state = rng_state(self.device)
         try:
             # Several processes must stay together: there, an evaluation is finished first.
-            with self.interrupts.immediate() if self.fabric.world_size == 1 else nullcontext():
+            with (
+                self.interrupts.immediate() if self.fabric.world_size == 1 else nullcontext(),
+                nullcontext() if self.average is None else self.average.applied(),
+            ):
                 evaluations = [self.task.evaluate(split) for split in self.task.splits]
-            record, *_ = [self._write("eval", numbers) for numbers in evaluations]
         except Interrupted as interrupted:
             set_rng_state(random_state, self.device)
             self._stop(interrupted.signum)
+        records = [self.records.write("eval", numbers) for numbers in evaluations]
+        for record in records:
+            self.fabric.call("on_evaluation_end", task=self.task, step=step, record=record)
+        record, score = records[0], self.task.score  # the first split chooses
+        value = record.get(score)
         position.evaluated, position.last = step, record
-        value, score = record.get(self.task.score), self.task.score
+        if self.settings.early_stopping is not None:
+            self.settings.early_stopping.update(position, value)
         if value is not None and math.isfinite(value) and (position.best is None or value > position.best[score]):
             position.best = record
             self._save(is_best=True)
         self._save()
+        if position.stopped:
+            self.settings.say(
+                f"Stopped early after step {step}: {position.stale} evaluations without a higher {score} than {position.peak}."
+            )
         self.clock.start()
         return True
 
@@ -274,8 +271,7 @@ class Loop:
             ranks = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(ranks, of_process)
         if self.fabric.is_global_zero:
-            log_length = 0 if self.metrics_file is None else self.metrics_file.length()
-            state = {**self.state.of_run(self.clock.seconds), "ranks": ranks, "log_length": log_length}
+            state = {**self.state.of_run(self.clock.seconds), "ranks": ranks, "log_length": self.records.length()}
             save_checkpoint(self.folder.best if is_best else self.folder.last, state)
         if self.fabric.world_size > 1:
             self.fabric.barrier()
@@ -287,29 +283,15 @@ class Loop:
         if self.folder is None:
             raise ValueError("Expected a run folder to resume from (got None)")
         if not self.folder.last.is_file():
-            self.fabric.print(f"{self.folder.path} holds no checkpoint yet: starting from the beginning.")
+            self.settings.say(f"{self.folder.path} holds no checkpoint yet: starting from the beginning.")
             return
         state = self.state.load(self.folder.last, self.fabric.global_rank)
         if len(state["ranks"]) != self.fabric.world_size:
-            self.fabric.print(
+            self.settings.say(
                 f"Resuming a run of {len(state['ranks'])} processes with {self.fabric.world_size}: exact up to random numbers."
             )
-        self._log_length = state["log_length"]
-        self._logged = (0.0, self.position.samples)
-        self.fabric.print(f"Resuming {self.folder.path} after step {self.position.step} of {self.total}.")
-
-    # ---------------------------------------------------------------- interruption
-
-    def _wish_to_stop(self, is_logged: bool) -> int:
-        """Signal that some process received, or 0. Several processes agree at log points only, where they wait for each other anyway."""
-        signum = self.interrupts.signum or 0
-        if self.fabric.world_size == 1:
-            return signum
-        if not is_logged:
-            return 0
-        wishes = torch.tensor(signum, device=self.device)
-        torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX)
-        return int(wishes)
+        self.records.kept_length = state["log_length"]
+        self.settings.say(f"Resuming {self.folder.path} after step {self.position.step} of {self.total}.")
 
     def _stop(self, signum: int) -> None:
         self._save()

@@ -17,6 +17,9 @@ class Position:
     best: dict[str, Any] | None = None  # record of the best one
     seconds: float = 0.0  # training alone, without evaluations and checkpoints
     samples: int = 0
+    peak: float | None = None  # score that the patience of an early stop counts from
+    stale: int = 0  # evaluations since
+    stopped: bool = False  # whether that patience is over
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from inspect import signature
 from typing import Any, Literal, get_args
@@ -15,7 +15,11 @@ from lightning.fabric.strategies import DDPStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gkd.engine.average import EMA
+from gkd.engine.callbacks import EarlyStopping
 from gkd.engine.checks import check_flag, check_integer, check_number
+from gkd.engine.log import say
+from gkd.engine.loggers import MakeLogger, TensorBoardLogger
 from gkd.engine.optim import SGD, Flat, LRSchedule
 from gkd.errors import UserError
 
@@ -50,7 +54,12 @@ class Settings:
         evaluate_every: Epochs between two evaluations; the last step is always followed by one.
         checkpoint_every: Steps between two checkpoints, besides the one after each evaluation.
         max_steps: Stop after this step with a checkpoint, to go on later. The schedule keeps the full length.
-        tensorboard: Write TensorBoard's event files too.
+        loggers: Where records go beside metrics.jsonl: any of `TensorBoardLogger`, `CSVLogger`, `WandbLogger` and `MLFlowLogger`; None is
+            TensorBoard, and an empty list nothing.
+        callbacks: Objects with the methods of `Callback`, or some of them.
+        ema: Average of the weights that is evaluated and exported in their place.
+        early_stopping: When to end before the last step.
+        dry_pass: Try every term and every evaluation on one batch before the first step, and evaluate the teacher.
         find_unused_parameters: For several processes: look in every step for parameters that the losses do not reach. The distiller
             leaves none.
     """
@@ -71,7 +80,11 @@ class Settings:
         evaluate_every: float = 1,
         checkpoint_every: int | None = None,
         max_steps: int | None = None,
-        tensorboard: bool = True,
+        loggers: Sequence[MakeLogger] | None = None,
+        callbacks: Sequence[Any] = (),
+        ema: EMA | None = None,
+        early_stopping: EarlyStopping | None = None,
+        dry_pass: bool = True,
         find_unused_parameters: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
@@ -83,8 +96,12 @@ class Settings:
         check_integer("log_every", log_every, least=1)
         for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every), ("max_steps", max_steps)):
             check_integer(name, count, least=1, optional=True)
-        for name, flag in (("channels_last", channels_last), ("find_unused_parameters", find_unused_parameters)):
+        flags = {"channels_last": channels_last, "dry_pass": dry_pass, "find_unused_parameters": find_unused_parameters}
+        for name, flag in flags.items():
             check_flag(name, flag)
+        for name, members in (("loggers", loggers or ()), ("callbacks", callbacks)):
+            if isinstance(members, str) or not isinstance(members, Sequence):
+                raise ValueError(f"Expected {name} to be a list (got {members!r})")
         if not isinstance(compile, bool) and compile not in COMPILE_MODES:
             raise ValueError(f"Expected compile to be True, False or one of {', '.join(COMPILE_MODES)} (got {compile!r})")
         self.epochs, self.steps = epochs, steps
@@ -94,7 +111,9 @@ class Settings:
         self.channels_last, self.compile = channels_last, compile
         self.log_every, self.evaluate_every = log_every, evaluate_every
         self.checkpoint_every, self.max_steps = checkpoint_every, max_steps
-        self.tensorboard, self.find_unused_parameters = tensorboard, find_unused_parameters
+        self.loggers = (TensorBoardLogger(),) if loggers is None else tuple(loggers)
+        self.callbacks, self.ema, self.early_stopping = tuple(callbacks), ema, early_stopping
+        self.dry_pass, self.find_unused_parameters = dry_pass, find_unused_parameters
         self._accelerator, self._index = resolve_device(device)
         self.autocast = None if precision == "32-true" else Autocast(precision, self._accelerator)
 
@@ -115,6 +134,7 @@ class Settings:
             num_nodes=max(1, world // local),
             strategy=strategy,
             plugins=self.autocast,
+            callbacks=list(self.callbacks),
         )
         fabric.launch()
         return fabric
@@ -123,6 +143,11 @@ class Settings:
     def device(self) -> torch.device:
         """Where this process computes."""
         return self.fabric.device
+
+    def say(self, text: str) -> None:
+        """Prints a line on the first process."""
+        if self.fabric.is_global_zero:
+            say(text)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the training in optimiser steps."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkd.engine.average import Average
 from gkd.engine.checkpoint import load_checkpoint, rng_state, set_rng_state
 from gkd.engine.folder import package_versions
 from gkd.engine.position import Position
@@ -24,12 +25,21 @@ class TrainingState:
         model: What is trained.
         optimizer: Its optimiser, with the configured hyperparameters.
         scaler: Scales the loss; None in full precision.
+        average: Of the student's weights; None keeps none.
         steps_per_epoch: Batches in an epoch.
         device: Of this process.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: Any, steps_per_epoch: int, device: torch.device) -> None:
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        average: Average | None,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.optimizer, self.scaler, self.average = model, optimizer, scaler, average
         self.steps_per_epoch, self.device = steps_per_epoch, device
         self.position, self.window = Position(), Window(device)
 
@@ -52,6 +62,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "versions": package_versions(),
         }
 
@@ -72,6 +83,8 @@ class TrainingState:
             self.optimizer.load_state_dict(self._with_configured_groups(state["optimizer"]))
             if self.scaler is not None and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
+            if self.average is not None and state.get("average") is not None:
+                self.average.load_state_dict(state["average"])
             vars(self.position).update(vars(Position(**state["position"])))
             of_process = state["ranks"][rank % len(state["ranks"])]
             self.window.load_state_dict(of_process["window"])

@@ -14,6 +14,7 @@ class Trainable(Protocol):
     Attributes:
         distiller: ``distiller(*batch)`` gives a dictionary of scalar losses, whose sum is minimised. Where it has a method
             ``progress(epoch)``, that is called before each step.
+        student: The network inside the distiller that is evaluated and exported, and averaged where that is asked for.
         steps_per_epoch: Batches in an epoch.
         batch_size: Samples in a step over all processes.
         splits: What is evaluated while training, the split that chooses the best checkpoint first; nothing where it is empty.
@@ -22,6 +23,9 @@ class Trainable(Protocol):
 
     @property
     def distiller(self) -> nn.Module: ...  # noqa: D102
+
+    @property
+    def student(self) -> nn.Module: ...  # noqa: D102
 
     @property
     def steps_per_epoch(self) -> int: ...  # noqa: D102

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Summary, Trainer
+from gkd.engine.average import load_average
 from gkd.engine.checkpoint import load_checkpoint, seed_everything
 from gkd.engine.folder import count_parameters, describe_machine, peak_memory, save_student
 from gkd.errors import UserError
@@ -102,8 +103,10 @@ class Task(ABC):
 
     @property
     def splits(self) -> Sequence[str]:
-        """What is evaluated while training: the held-out images where there are any, else the test images."""
-        return ("val",) if self.data.num_samples("val") > 0 else ("test",)
+        """What is evaluated while training: the held-out images where there are any, else the test images, which choose; then the further
+        sets that the data name."""
+        first = "val" if self.data.num_samples("val") > 0 else "test"
+        return (first, *getattr(self.data, "evaluation_sets", ()))
 
     def batches(self, split: str, batch_size: int, **options: Any) -> Iterator[tuple]:
         """This process's batches of a split; `batch_size` counts the samples of one process."""
@@ -149,10 +152,10 @@ class Task(ABC):
         if fabric.is_global_zero:
             changed = folder.changed_bindings(config) if resume else []
             if changed:
-                fabric.print("Resuming with other bindings than the run had: " + "; ".join(changed))
+                self.trainer.say("Resuming with other bindings than the run had: " + "; ".join(changed))
         summary = self.trainer.fit(self, folder, resume, config)
         if not summary.finished:
-            fabric.print(
+            self.trainer.say(
                 f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
             )
             return None
@@ -160,7 +163,7 @@ class Task(ABC):
         results = self.results(folder, summary)
         if fabric.is_global_zero:
             folder.write_results(results)
-            fabric.print(f"Wrote {', '.join(map(str, paths))} and {folder.results}")
+            self.trainer.say(f"Wrote {', '.join(map(str, paths))} and {folder.results}")
         return results
 
     def load(self, folder: RunFolder) -> Path | str:
@@ -222,8 +225,11 @@ class Task(ABC):
 
     def _load_checkpoint(self, path: Path) -> None:
         try:
-            self.distiller.load_state_dict(load_checkpoint(path)["model"])
-        except RuntimeError as error:
+            state = load_checkpoint(path)
+            self.distiller.load_state_dict(state["model"])
+            if state.get("average") is not None:
+                load_average(self.student, state["average"])
+        except (RuntimeError, KeyError) as error:
             raise UserError(
                 f"Expected the networks of the configuration in {path} (got others: {error}). Check --gin and --output."
             ) from error

@@ -14,7 +14,7 @@ from torch import nn
 from gkd import __version__
 from gkd.engine.checkpoint import load_checkpoint, save_checkpoint
 from gkd.engine.folder import RunFolder, describe_machine, peak_memory, read_description, save_student
-from gkd.engine.log import MetricsFile, TensorBoardLog, TerminalLog, read_metrics
+from gkd.engine.log import MetricsFile, TerminalLog, read_metrics
 from gkd.errors import UserError
 from gkd.files import write_atomic
 
@@ -188,17 +188,6 @@ def test_terminal_shows_a_bar_where_it_is_one(capsys, monkeypatch):
     assert "epoch 1/2" in shown
     assert "4/8" in shown
     assert "test  top1 50.00" in shown
-
-
-def test_tensorboard_events(tmp_path):
-    log = TensorBoardLog(tmp_path)
-    log.write({"kind": "eval", "split": "test", "epoch": 1, "step": 4, "top1": 50.0})
-    log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Tags()["scalars"] == ["test/top1"]
-    assert [(event.step, event.value) for event in events.Scalars("test/top1")] == [(4, 50.0)]
 
 
 def test_machine():

@@ -13,6 +13,7 @@ import torch
 
 from gkd.engine import Interrupted
 from gkd.engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, seed_everything, set_rng_state
+from gkd.engine.interrupt import STOPPING
 from gkd.errors import UserError
 from tests.engine import toy
 
@@ -87,7 +88,7 @@ def test_without_a_checkpoint_it_starts_from_the_beginning(uninterrupted, tmp_pa
 
 
 @pytest.mark.parametrize("during", ["step", "evaluation"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_leaves_a_checkpoint(uninterrupted, tmp_path, during, signum):
     path = tmp_path / "run"
 
@@ -95,7 +96,7 @@ def test_a_signal_leaves_a_checkpoint(uninterrupted, tmp_path, during, signum):
         torch.rand(3)  # what a thrown-away evaluation drew must not be missing later
         os.kill(os.getpid(), signum)
 
-    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(kind) for kind in STOPPING]
     if during == "step":
         settings = {"make": lambda: toy.Toy(hook=lambda call: call == 5 and os.kill(os.getpid(), signum))}
     else:
@@ -103,7 +104,7 @@ def test_a_signal_leaves_a_checkpoint(uninterrupted, tmp_path, during, signum):
     with pytest.raises(Interrupted, match=r"after step \d of 12. Go on .* --resume") as interrupted:
         toy.fit(path, **settings)
     assert interrupted.value.signum == signum
-    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(kind) for kind in STOPPING] == handlers
     assert load_checkpoint(path / "checkpoints" / "last.pt")["position"]["step"] == (6 if during == "step" else 4)
     toy.fit(path, resume=True)
     assert_same(uninterrupted, path)

@@ -169,8 +169,8 @@ def test_number_of_batches_is_checked():
     ("settings", "message"),
     [
         ({"precision": "bf16"}, "Expected the precision '32-true', 'bf16-mixed', '16-mixed'"),
-        ({"accumulate": 0}, "Expected accumulate to be at least 1"),
-        ({"epochs": 0}, "Expected positive epochs"),
+        ({"accumulate": 0}, "Expected accumulate to be an integer >= 1"),
+        ({"epochs": 0}, "Expected epochs to be a finite number > 0"),
         ({"device": "tpu"}, "Expected the device"),
         ({"device": "cpu:1"}, "Expected the device"),
     ],

@@ -74,6 +74,10 @@ class Task:
         self.distiller, self.train_batches, self.before_evaluation = model, stream, before_evaluation
         vars(self).update(changes)
 
+    @property
+    def student(self) -> nn.Module:
+        return getattr(self.distiller, "net", self.distiller)
+
     def evaluate(self, split: str) -> dict[str, object]:
         self.before_evaluation()
         modes = self.distiller.training
@@ -93,7 +97,7 @@ class Task:
 
 
 def trainer(**settings) -> Trainer:
-    defaults = {"epochs": 3, "optimizer": SGD(lr=0.1), "schedule": Cosine(), "device": "cpu", "log_every": 3, "tensorboard": False}
+    defaults = {"epochs": 3, "optimizer": SGD(lr=0.1), "schedule": Cosine(), "device": "cpu", "log_every": 3, "loggers": ()}
     return Trainer(**{**defaults, **settings})
 
 

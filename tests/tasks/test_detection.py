@@ -33,7 +33,7 @@ DigitScenes.size = 64
 DigitScenes.num_train = 6
 DigitScenes.num_test = 2
 Trainer.device = 'cpu'
-Trainer.tensorboard = False
+Trainer.loggers = ()
 """
 SCENES = ["Detection.data = @DigitScenes()", "DigitScenes.size = 64", "DigitScenes.num_train = 4", "DigitScenes.num_test = 2"]
 

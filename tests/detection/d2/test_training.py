@@ -78,7 +78,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(architecture, precision, tm
             precision=precision,
             device="cpu",
             max_steps=max_steps,
-            tensorboard=False,
+            loggers=(),
             log_every=1,
         )
         folder = RunFolder(tmp_path / name)
@@ -114,7 +114,7 @@ def test_distillation_through_the_task(tmp_path):
                 terms={"edge": GraphLoss(GraphBuilder(PatchNodes(grid=4), KNNEdges(k=2)), {"edge": EdgeLoss()}), "kd": KDLoss()},
                 weights={"kd": weight},
             ),
-            trainer=Trainer(steps=1, device="cpu", tensorboard=False),
+            trainer=Trainer(steps=1, device="cpu", loggers=()),
             batch_size=2,
         )
         called.clear()

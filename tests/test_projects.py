@@ -241,7 +241,7 @@ def test_detection_quickstart_from_end_to_end(repository, monkeypatch, tmp_path,
     assert [result["steps"] for result in results.values()] == [4, 4, 4]
     records = [json.loads(line) for line in (tmp_path / "distilled/seed0/metrics.jsonl").read_text().splitlines()]
     losses = {name.split("/")[1] for record in records for name in record if name.startswith("loss/")}
-    assert {"task", "patches", "regions", "levels"} <= losses
+    assert {"task", "channels", "patches"} <= losses
     page = (tmp_path / "distilled" / "seed0" / "report.html").read_text()
     for heading in ("Learning curves", "Classes", "Detections", "Graphs of student and teacher", "Configuration"):
         assert f"<h2>{heading}</h2>" in page

@@ -35,6 +35,7 @@ DigitScenes.num_test = 2
 Trainer.device = 'cpu'
 Trainer.loggers = ()
 """
+EVERY_TERM = ("REGION_VERTEX_WEIGHT = 1.0", "LEVEL_EDGE_WEIGHT = 1.0")
 SCENES = ["Detection.data = @DigitScenes()", "DigitScenes.size = 64", "DigitScenes.num_train = 4", "DigitScenes.num_test = 2"]
 
 
@@ -81,7 +82,7 @@ def spy(model) -> list[str]:
 
 
 def test_no_head_of_the_teacher_runs_unless_a_term_asks(files):
-    files("faster_rcnn")
+    files("faster_rcnn", *EVERY_TERM)
     for weight, heads in ((0.0, set()), (1.0, {"roi_heads"})):
         task = build(f"KD_WEIGHT = {weight}")
         called = spy(task.teacher.model)
@@ -90,13 +91,13 @@ def test_no_head_of_the_teacher_runs_unless_a_term_asks(files):
         assert ("kd" in losses) == bool(heads)
         assert all(loss.isfinite() for loss in losses.values())
     names = {name.split("/")[0] for name in losses}
-    assert names == {"task", "patches", "regions", "levels", "kd"}
+    assert names == {"task", "channels", "patches", "regions", "levels", "kd"}
     assert not any(name.startswith("teacher") for name in task.distiller.state_dict())
 
 
-@pytest.mark.parametrize("term", ["patches", "regions", "levels", "kd"])
+@pytest.mark.parametrize("term", ["channels", "patches", "regions", "levels", "kd"])
 def test_each_term_reaches_every_parameter_below_it(files, term):
-    files("faster_rcnn", "KD_WEIGHT = 1.0")
+    files("faster_rcnn", "KD_WEIGHT = 1.0", *EVERY_TERM)
     task = build()
     task.distiller.train()
     losses = task.distiller(*next(task.batches("train", 2)))
@@ -253,7 +254,7 @@ def test_small_recipes_build_and_take_a_step(name, files, tmp_path):
     losses = task.distiller(*next(task.batches("train", 2)))
     assert all(loss.isfinite() for loss in losses.values())
     terms = {loss.split("/")[0] for loss in losses}
-    assert terms == ({"task"} if name.endswith("teacher") else {"task", "kd", "patches", "regions", "levels"})
+    assert terms == ({"task"} if name.endswith("teacher") else {"task", "kd", "channels", "patches"})
 
 
 def truth(*boxes, difficult=()):

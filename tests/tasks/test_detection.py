@@ -242,7 +242,15 @@ def test_recipes_build_and_take_a_step(name, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart_detection", "detection/digit_scenes_teacher", "detection/voc_cpu", "detection/voc_cpu_teacher"]
+    "name",
+    [
+        "quickstart_detection",
+        "detection/digit_scenes_teacher",
+        "detection/voc_cpu",
+        "detection/voc_cpu_teacher",
+        "detection/raccoon",
+        "detection/raccoon_teacher",
+    ],
 )
 def test_small_recipes_build_and_take_a_step(name, files, tmp_path):
     bindings = [*SCENES, "BATCH_SIZE = 2", "STUDENT = 'resnet10'", "Trainer.device = 'cpu'", f"DetectorNetwork.options = {options('fcos')}"]

@@ -8,6 +8,7 @@ from gkd.data.detection import DetectionData
 from gkd.data.digits import Digits
 from gkd.data.folders import ImageFolder, ImageNet
 from gkd.data.memory import InMemoryImages
+from gkd.data.mixing import Mix
 from gkd.data.scenes import DigitScenes
 from gkd.data.segmentation import DigitSceneMasks, SegmentationFolder, VOCSegmentation
 from gkd.data.synthetic import RandomImages
@@ -30,6 +31,7 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "InMemoryImages",
+    "Mix",
     "Normalize",
     "RandomImages",
     "SegmentationFolder",

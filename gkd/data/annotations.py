@@ -21,6 +21,9 @@ from gkd.data.masks import Segmentation, segmentation_box
 
 _log = logging.getLogger(__name__)
 
+LARGEST = 1e9
+"""Numbers beyond are no pixels."""
+
 MIN_SIDE = 1e-3
 """Pixels: the sides of narrower boxes may be equal after rounding, and no detector gives such."""
 
@@ -130,13 +133,14 @@ def normalise(
     for key, image in images.items():
         there = [one for one in of_image[image["id"]] if not one["iscrowd"] and (difficult or not one["difficult"])]
         size = (image["height"], image["width"])
-        boxes, _ = clip_boxes(_corners([one["bbox"] for one in there]), size)
+        boxes, has_area = clip_boxes(_corners([one["bbox"] for one in there]), size)
+        there = [one for one, is_kept in zip(there, has_area.tolist(), strict=True) if is_kept]  # all, but for rounding
         samples.append(
             Sample(
                 image["id"],
                 sources[key],
                 size,
-                boxes,
+                boxes[has_area],
                 torch.tensor([label_of[one["category_id"]] for one in there], dtype=torch.long),
                 [one["segmentation"] for one in there] if masks else None,
                 torch.tensor([one["keypoints"] for one in there], dtype=torch.float32).view(-1, len(points), 3) if points else None,
@@ -196,7 +200,7 @@ def _mirrored(name: str) -> str:
 def _key(value: Any) -> Any:
     """An id as it is compared: ``1``, ``1.0`` and ``"1"`` are the same."""
     if isinstance(value, int):
-        return value
+        return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     text = str(value).strip()
@@ -337,9 +341,9 @@ def _box(box: Any, outline: Segmentation | None, size: tuple[int, int], name: st
 def _number(value: Any, name: str, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise ValueError(f"Expected a finite number as {name} in {where} (got {value!r})")
     return number
 

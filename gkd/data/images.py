@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 # Of these formats, Pillow gives 16-bit grey values as 32-bit integers.
 _SIXTEEN_BITS_AS_INTEGERS = ("PNG", "PPM")
 
-# What brings an image of each EXIF orientation upright; from 5 on, height and width change places.
+# What brings an image of each EXIF orientation upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +42,7 @@ def open_image(path: str | Path) -> Image.Image:
         ValueError: If the pixels are 32-bit integers, or floats outside [0, 1]: their scale is unknown.
         OSError: If the file is missing, truncated or no image.
     """
-    with Image.open(path) as picture:
+    with _opened(path) as picture:
         return _rgb(_turned(picture), picture.format)
 
 
@@ -64,7 +65,7 @@ def read_mask(path: str | Path) -> Tensor:
         ValueError: If there is more than one channel.
         OSError: If the file is missing, truncated or no image.
     """
-    with Image.open(path) as picture:
+    with _opened(path) as picture:
         mask = _turned(picture)
         if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
             raise ValueError(f"Expected a mask of one channel that holds numbers of classes (got mode {mask.mode})")
@@ -73,10 +74,10 @@ def read_mask(path: str | Path) -> Tensor:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image as :func:`open_image` gives it, from the head of its file."""
-    with Image.open(path) as picture:
-        width, height = picture.size
-        return (width, height) if _orientation(picture) in range(5, 9) else (height, width)
+    """Height and width of an image as :func:`open_image` gives it, from the head of its file unless it is turned."""
+    with _opened(path) as picture:
+        width, height = picture.size if _orientation(picture) == 1 else _turned(picture).size
+        return height, width
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -122,6 +123,13 @@ def check_files(paths: Iterable[str | Path]) -> None:
         )
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    # Not by its name: Pillow maps such files into memory, and then turns uncompressed TIFFs wrongly.
+    with open(path, "rb") as file, Image.open(file) as picture:
+        yield picture
+
+
 def _orientation(picture: Image.Image) -> int:
     try:
         return int(picture.getexif().get(0x0112, 1))
@@ -130,8 +138,8 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _turned(picture: Image.Image) -> Image.Image:
+    picture.load()  # Which turns a TIFF, and finds camera data that stand behind the pixels.
     turn = _TURNS.get(_orientation(picture))
-    picture.load()
     return picture if turn is None else picture.transpose(turn)
 
 

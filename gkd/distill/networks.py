@@ -46,8 +46,9 @@ class NetworkPair:
         return (images,)
 
     def logits(self, output: Any, teacher_output: Any, targets: Any) -> tuple[Any, Any, Any]:
-        """What terms of the level ``'logits'`` see: student's and teacher's logits, and the targets."""
-        return read_logits(output), read_logits(teacher_output), targets
+        """What terms of the level ``'logits'`` see: student's and teacher's logits, and the targets; of mixed ones, the largest share."""
+        is_mixed = isinstance(targets, Tensor) and targets.is_floating_point() and targets.dim() == 2
+        return read_logits(output), read_logits(teacher_output), targets.argmax(dim=1) if is_mixed else targets
 
     def anchors(self, output: Any, logits: tuple[Any, Any, Any]) -> list[Tensor]:
         """Where terms of the level ``'logits'`` and the task both pull at the student, for a balance of their gradients."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gkd.data import Digits
+from gkd.data import Digits, Mix
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Trainer
 from gkd.engine.folder import read_description
@@ -34,6 +34,7 @@ class Classification(Task):
         teacher: The network to learn from; None trains the student alone, which is how a teacher is made.
         data: Images with classes; the embedded digits by default.
         distiller: Called with the student, the teacher and the image size.
+        mix: Mixes the training images of a batch, and their classes. None: no mixing.
         trainer: The settings of the training.
         batch_size: Images in a step, over all processes.
         eval_batch_size: Images in a step of an evaluation, over all processes.
@@ -58,13 +59,14 @@ class Classification(Task):
         teacher: Network | None = None,
         data: Any = None,
         distiller: Callable[..., Distiller] = Distiller,
+        mix: Mix | None = None,
         trainer: Trainer | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 256,
         seed: int = 0,
     ) -> None:
         super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
-        self.network, self.name, self.initial_weights = student, student.name, student.weights
+        self.network, self.name, self.initial_weights, self.mix = student, student.name, student.weights, mix
         built = student.build(self.data)
         self.student, self._new_layers = built.model, built.new_layers
         self.teacher, difference = (None, "") if teacher is None else teacher.build_teacher(self.data)
@@ -80,6 +82,11 @@ class Classification(Task):
             self.distiller.set_targets(self.data.targets("train"))
         self.place()
         self._evaluators: dict[str, ClassifierEvaluator] = {}
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple]:
+        """This process's training batches of an epoch from step `start` on, mixed if asked."""
+        batches = super().train_batches(epoch, start)
+        return batches if self.mix is None else self.mix.batches(batches, self.data.num_classes, seed=self.seed, epoch=epoch, start=start)
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""
@@ -116,7 +123,8 @@ class Classification(Task):
     def metrics(self, batch: tuple) -> Mapping[str, Tensor]:
         """Share of the batch that the student names right, in percent."""
         logits = self.distiller.student_logits
-        return {} if logits is None else {"top1": 100.0 * (logits.argmax(dim=1) == batch[1]).float().mean()}
+        targets = batch[1] if batch[1].dim() == 1 else batch[1].argmax(dim=1)
+        return {} if logits is None else {"top1": 100.0 * (logits.argmax(dim=1) == targets).float().mean()}
 
     def description_of_student(self) -> dict[str, Any]:
         """Name and options of the network, classes, size and statistics of the images."""

@@ -66,9 +66,10 @@ def test_images_are_turned_as_the_camera_says(tmp_path):
     for orientation, picture in stored.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        path = saved(tmp_path / f"{orientation}.png", picture, exif=exif)
-        assert torch.equal(grey(path), expected(np.asarray(upright)[:, :, 0])), orientation
-        assert image_size(path) == (32, 48)
+        for suffix in ("png", "tif"):
+            path = saved(tmp_path / f"{orientation}.{suffix}", picture, exif=exif)
+            assert torch.equal(grey(path), expected(np.asarray(upright)[:, :, 0])), path
+            assert image_size(path) == (32, 48)
 
 
 def test_transparent_pixels_show_white_and_not_what_is_hidden_in_them(tmp_path):

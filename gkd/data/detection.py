@@ -23,8 +23,9 @@ class DetectionData(FileData):
     """Images with boxes in splits, read in batches that depend on (seed, epoch, step) and on nothing else.
 
     The splits are ``'train'`` (shuffled, flipped, resized to one of ``min_size``; the last batch is dropped when it is not full), and, in
-    order, ``'val'`` (training images held out, or the data's own) and ``'test'``. `batches` takes one option more, ``antialias``: whether
-    images are smoothed before they are made smaller, as PIL does.
+    order, ``'val'`` (training images held out, or the data's own) and ``'test'``. `batches` takes two options more:
+    ``antialias``, whether images are smoothed before they are made smaller, as PIL does, and ``resized``, which is False for images as they
+    are stored.
 
     A batch is (images, targets, index): images are RGB bytes of different sizes, neither normalised nor padded, since teacher and student
     each do that in their own way. Targets have ``boxes``, ``labels``, ``image_id`` and the ``size`` that the image had before it was
@@ -130,9 +131,10 @@ class DetectionData(FileData):
     def _files(self) -> Iterable[str]:
         return [sample.source for part in self._parts.values() for sample in part.samples]
 
-    def _reader(self, split: str, **options: Any) -> Reader:
+    def _reader(self, split: str, resized: bool = True, **options: Any) -> Reader:
         samples = self._parts[self._members[split][0]].samples
-        return ObjectReader(samples, self._read_image, self.min_size, self.max_size, self.flip, self.flip_pairs, self.augment, **options)
+        min_size = self.min_size if resized else ()
+        return ObjectReader(samples, self._read_image, min_size, self.max_size, self.flip, self.flip_pairs, self.augment, **options)
 
     def _read(self, split: str, plan: Plan, draw: tuple[int, int] | None, device: torch.device, **options: Any) -> Iterator[DetectionBatch]:
         part, rows = self._members[split]

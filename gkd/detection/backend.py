@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from gkd.detection.interface import LIBRARIES, Detector, DetectorNetwork
 from gkd.errors import UserError
 
-MODULES = {"torchvision": "torchvision", "detectron2": "d2"}
+MODULES = {"torchvision": "torchvision", "detectron2": "d2", "transformers": "transformers"}
 
 
 class Backend(ABC):
@@ -20,7 +21,7 @@ class Backend(ABC):
     end is constructed by gin without arguments, or with options of its own: ``Detection.backend = @Detectron2Backend()``.
 
     Attributes:
-        name: ``'torchvision'`` or ``'detectron2'``.
+        name: ``'torchvision'``, ``'detectron2'`` or ``'transformers'``.
         antialias: How the data resize images: with a smoothing filter (as PIL does) or without (as torchvision's detectors do).
         checkpoint_name: File name of the student in the library's own format, in the run folder.
         evaluate: The library's own evaluation, where it was asked for: from (detector, data, split, batches) to a record as that of
@@ -38,8 +39,7 @@ class Backend(ABC):
 
         Args:
             network: What to build.
-            data: A `gkd.data.DetectionData`: ``num_classes``, ``classes``, and ``category_ids``, the number of each class in its
-                annotations.
+            data: A `gkd.data.DetectionData`: ``num_classes``, ``classes``, ``category_ids``, and the sizes of its images.
 
         Raises:
             UserError, ValueError, FileNotFoundError: If it cannot be built or its weights do not fit; the message says what to do.
@@ -48,6 +48,15 @@ class Backend(ABC):
     @abstractmethod
     def build_teacher(self, network: DetectorNetwork, data: Any) -> Detector:
         """Builds the network to learn from: with weights, or a UserError; frozen and in eval mode (`gkd.models.Teacher` keeps it so)."""
+
+    @abstractmethod
+    def rebuild(self, description: Mapping[str, Any], weights: Path) -> Detector:
+        """Builds a trained network again, in eval mode.
+
+        Args:
+            description: What `Detector.describe` said of it, and the ``classes`` of its data.
+            weights: Its state_dict, as safetensors.
+        """
 
 
 def choose_backend(backend: str | Backend | None = None) -> tuple[Backend, str | None]:
@@ -77,10 +86,7 @@ def _load(name: str) -> Backend:
     try:
         module = importlib.import_module(f"gkd.detection.{MODULES[name]}")
     except ImportError as error:
-        if name != "detectron2":
+        if name == "torchvision":
             raise
-        raise UserError(
-            f"Expected Detectron2 to be installed for Detection.backend = 'detectron2' (got: {error}). Install it as "
-            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html says, or set Detection.backend = 'torchvision'."
-        ) from error
+        raise UserError(f"Expected {name} to be installed for Detection.backend = {name!r} (got: {error}).") from error
     return module.BACKEND()

@@ -10,17 +10,15 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-ARCHITECTURES = ("faster_rcnn", "retinanet", "fcos")
-LIBRARIES = ("torchvision", "detectron2")
+LIBRARIES = ("torchvision", "detectron2", "transformers")
 
 Images = Sequence[Tensor]
-"""Of every image [3, h_i, w_i] uint8, RGB, resized and flipped by the data; neither normalised nor padded, which each network does in its
-own way."""
+"""Of every image [3, h_i, w_i] uint8, RGB, neither normalised nor padded, which each network does in its own way."""
 
 Targets = Sequence[Mapping[str, Any]]
 """Of every image the ``boxes`` [n_i, 4] float (x1, y1, x2, y2) in pixels of the image as given, n_i may be 0; their ``labels`` [n_i] long,
 counted from 0 in the order of the data's classes; the ``image_id`` (int) of the annotations, and the ``size`` (height, width) of the image
-before it was resized."""
+before it was resized. Where the data have them, ``masks`` [n_i, h_i, w_i] uint8 and ``keypoints`` [n_i, K, 3] (x, y, visibility)."""
 
 
 class Detections(NamedTuple):
@@ -28,12 +26,29 @@ class Detections(NamedTuple):
 
     Shapes:
         - **boxes** [n, 4] (x1, y1, x2, y2) in pixels of the image as it was given; **scores** [n]; **labels** [n] long, in the order of the
-          data's classes
+          data's classes; **masks** [n, h, w] bool of a network that segments instances; **keypoints** [n, K, 3] (x, y, score) of one that
+          finds them
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+
+
+class Maps(dict[str, Tensor]):
+    """Feature maps by level, over the padded batch of images as given.
+
+    Attributes:
+        native: The maps as the network's own heads read them: others only where the network resizes its images itself.
+    """
+
+    native: Mapping[str, Tensor]
+
+    def __init__(self, maps: Mapping[str, Tensor], native: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(maps)
+        self.native = self if native is None else native
 
 
 @dataclass
@@ -43,7 +58,7 @@ class Output:
     Attributes:
         losses: The library's own losses by its own names (``loss_classifier``, ..); their sum is the task's.
         features: Maps of the levels [B, C, h, w], from shallow to deep, as the heads saw them.
-        image_size: Height and width of the padded batch that the maps were computed from.
+        image_size: Height and width of the padded batch that the maps cover.
         proposals: Of every image the proposals of a two-stage detector [n_i, 4], best first, in pixels, without gradient; None for one
             stage.
         dense_logits: Class scores of a one-stage detector at all its places, as of `Detector.dense_logits`; None for two stages.
@@ -51,7 +66,7 @@ class Output:
     """
 
     losses: dict[str, Tensor]
-    features: dict[str, Tensor]
+    features: Mapping[str, Tensor]
     image_size: tuple[int, int]
     proposals: list[Tensor] | None = None
     dense_logits: Tensor | None = None
@@ -63,9 +78,11 @@ class DetectorNetwork:
     """How a detector is built, in words that every back end understands; the number of classes comes from the data.
 
     Args:
-        architecture: ``'faster_rcnn'``, ``'retinanet'`` or ``'fcos'``.
+        architecture: ``'faster_rcnn'``, ``'mask_rcnn'``, ``'keypoint_rcnn'``, ``'retinanet'`` or ``'fcos'`` on a backbone; the name of
+            another network of the library, as ``'ssdlite320_mobilenet_v3_large'`` of torchvision; or a function of your own,
+            ``'package.module:factory'``. None: what the weights say, or else Faster R-CNN.
         backbone: ``'resnet18'``, ``'resnet34'``, ``'resnet50'``, ``'resnet101'``, ``'mobilenet_v2'`` or ``'mobilenet_v3_large'``, with a
-            feature pyramid.
+            feature pyramid. None: what the weights say, or else ResNet-50.
         weights: Weights of the whole detector: a file, or a name that the library knows (``'DEFAULT'`` in torchvision,
             ``'detectron2://...'``). A teacher needs them. A dictionary gives them for each back end apart: ``{'detectron2': ..,
             'torchvision': ..}``.
@@ -73,22 +90,18 @@ class DetectorNetwork:
             both back ends read them. A dictionary as above. Left out where ``weights`` are given.
         config: Detectron2 only: a yaml file or LazyConfig, or its name in the model zoo, which then says what is built instead of the two
             above.
-        num_classes: Classes of the weights, where these are not the data's, as of a teacher of whom features alone are asked.
+        num_classes: Classes of the weights, without a background, where these are not the data's and the file does not say.
         options: Further arguments of the library: keyword arguments of torchvision's constructor, or ``'KEY.NAME': value`` of Detectron2's
             configuration. A dictionary of dictionaries by back end is taken apart as above.
     """
 
-    architecture: Literal["faster_rcnn", "retinanet", "fcos"] = "faster_rcnn"
-    backbone: str = "resnet50"
+    architecture: str | None = None
+    backbone: str | None = None
     weights: str | Mapping[str, str | None] | None = None
     backbone_weights: str | Mapping[str, str | None] | None = None
     config: str | None = None
     num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"Expected the architecture {', '.join(map(repr, ARCHITECTURES))} (got {self.architecture!r})")
 
     def setting(self, name: Literal["weights", "backbone_weights", "options"], backend: str) -> Any:
         """One of the settings that may be given for each back end apart.
@@ -115,12 +128,18 @@ class Detector(ABC):
             it for no longer than the call.
         levels: Names of the feature maps, shallow to deep: ``p2`` .. ``p6`` for a map of stride 4 .. 64; one-stage detectors have ``p3`` ..
             ``p7``.
-        two_stage: Whether there are proposals and `class_logits`; else there are `dense_logits`.
+        two_stage: Whether there are proposals and `class_logits`; else there may be `dense_logits`.
+        classes: Names of the classes that the network tells apart, in its own order; None where nobody says.
+        has_masks: Whether it segments instances.
+        num_keypoints: Keypoints that it finds of an instance; 0 for none.
     """
 
     model: nn.Module
     levels: tuple[str, ...]
     two_stage: bool
+    classes: tuple[str, ...] | None = None
+    has_masks: bool = False
+    num_keypoints: int = 0
 
     @abstractmethod
     def image_size(self, images: Images) -> tuple[int, int]:
@@ -132,7 +151,7 @@ class Detector(ABC):
         allowed."""
 
     @abstractmethod
-    def features(self, images: Images) -> dict[str, Tensor]:
+    def features(self, images: Images) -> Mapping[str, Tensor]:
         """Maps of all levels, from transform, backbone and pyramid alone: no head is called. Equal to those that the library computes."""
 
     @abstractmethod
@@ -167,7 +186,12 @@ class Detector(ABC):
 
     @abstractmethod
     def detect(self, images: Images) -> list[Detections]:
-        """What the network finds, in eval mode and without gradient."""
+        """What the network finds in images as they are stored, in eval mode and without gradient: the library's own inference, which
+        resizes as `describe` says."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What is needed beside the weights to build the network again, set up for inference: the arguments of `Backend.rebuild`."""
 
     @abstractmethod
     def save(self, path: Path) -> None:

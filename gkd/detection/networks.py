@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from gkd.detection.interface import Detector, Images, Output
 from gkd.detection.regions import Regions, grid_candidates, mine_background, padded_boxes, region_labels, shared_proposals
+from gkd.detection.watch import watched
 from gkd.distill import NetworkPair
 from gkd.errors import UserError
 from gkd.models.modes import evaluating
+from gkd.models.names import near
 
 CANDIDATES = 200  # proposals among which background is looked for
 
@@ -30,35 +32,46 @@ class LevelTaps:
 
     Args:
         detector: The detector.
-        levels: Names of the levels that are wanted.
+        places: Names of the levels that are wanted, or paths of modules of the network, such as ``'backbone.body.layer3'``.
         model: What is called: ``detector.forward`` of a student, ``detector.features`` of a teacher.
 
     Raises:
-        ValueError: If the detector has no such level.
+        ValueError: If the detector has no such level or module.
     """
 
-    def __init__(self, detector: Detector, levels: Iterable[str], model: Callable[..., Any]) -> None:
-        self.detector, self.levels, self.model = detector, tuple(levels), model
-        for level in self.levels:
-            if level not in detector.levels:
+    def __init__(self, detector: Detector, places: Iterable[str], model: Callable[..., Any]) -> None:
+        self.detector, self.places, self.model = detector, tuple(places), model
+        modules = dict(detector.model.named_modules())
+        self.modules = {place: modules[place] for place in self.places if place in modules and place not in detector.levels}
+        for place in self.places:
+            if place not in detector.levels and place not in modules:
                 raise ValueError(
-                    f"Expected the stages in Distiller.taps to be levels of {type(detector.model).__name__}, {', '.join(detector.levels)} "
-                    f"(got {level!r})"
+                    f"Expected the stages in Distiller.taps to be levels of {type(detector.model).__name__}, {', '.join(detector.levels)}, "
+                    f"or paths of its modules, such as {near(place, [name for name in modules if name])} (got {place!r})"
                 )
 
     def __call__(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Output and maps."""
-        output = self.model(*inputs)
-        features = output.features if isinstance(output, Output) else output
-        return output, {level: features[level] for level in self.levels}
+        seen: dict[str, Any] = {}
+        with watched(self.modules, seen):
+            output = self.model(*inputs)
+        return output, self._read(output.features if isinstance(output, Output) else output, seen)
 
     def shapes(self, input_size: Sequence[int]) -> dict[str, torch.Size]:
         """Shapes of the maps of two images of this size, in eval mode."""
         device = next(self.detector.model.parameters()).device
         images = [torch.zeros(tuple(input_size), dtype=torch.uint8, device=device)] * 2
-        with evaluating(self.detector.model), torch.no_grad():
+        seen: dict[str, Any] = {}
+        with evaluating(self.detector.model), torch.no_grad(), watched(self.modules, seen):
             features = self.detector.features(images)
-        return {level: features[level].shape for level in self.levels}
+        return {place: map_.shape for place, map_ in self._read(features, seen).items()}
+
+    def _read(self, features: Mapping[str, Tensor], seen: Mapping[str, Any]) -> dict[str, Tensor]:
+        for place in self.modules:
+            if not isinstance(seen.get(place), Tensor):
+                kind = type(seen[place]).__name__ if place in seen else "one that does not run for the feature maps"
+                raise ValueError(f"Expected a module of the backbone that returns a map as the stage '{place}' (got {kind})")
+        return {place: seen[place] if place in self.modules else features[place] for place in self.places}
 
 
 class DetectorPair(NetworkPair):

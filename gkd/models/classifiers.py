@@ -97,7 +97,7 @@ def _open(name: str, num_classes: int, weights: str | None, options: Mapping[str
         return Classifier(_call(name, CIFAR_MODELS[name], num_classes, options), num_classes)
     libraries = {"timm": open_timm, "transformers": open_transformers, "torchvision": open_torchvision}
     if separator and source not in libraries:
-        return Classifier(_call(name, _import(source, rest), num_classes, options), num_classes)
+        return Classifier(_call(name, import_factory(source, rest), num_classes, options), num_classes)
     published = weights is not None and not os.path.exists(os.path.expanduser(weights))
     count = None if keep_classes and published else num_classes
     return libraries[source](rest, count, weights, options) if separator else open_torchvision(name, count, weights, options)
@@ -117,7 +117,8 @@ def _call(name: str, factory: Callable[..., Any], num_classes: int, options: Map
     return model
 
 
-def _import(module_name: str, attribute: str) -> Callable[..., Any]:
+def import_factory(module_name: str, attribute: str) -> Callable[..., Any]:
+    """The function or class at the end of `package.module:factory`; a ValueError names what is missing."""
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -58,9 +58,11 @@ class Detection(Task):
         self.backend, note = choose_backend(backend)
         if note is not None:
             self.trainer.fabric.print(note)
-        self.network, self.name = student, f"{student.architecture} {student.config or student.backbone}"
         self.initial_weights = student.setting("weights", self.backend.name)
         self.detector = self.backend.build_student(student, self.data)
+        self._check_data()
+        described = self.detector.describe()
+        self.name = " ".join(str(described[part]) for part in ("architecture", "backbone") if described[part])
         self.teacher_detector: Detector | None = None if teacher is None else self.backend.build_teacher(teacher, self.data)
         self.student = self.detector.model
         self.teacher = None if self.teacher_detector is None else Teacher(self.teacher_detector.model)
@@ -86,22 +88,24 @@ class Detection(Task):
         except UnreadableImageError as error:
             raise UserError(str(error)) from error
 
+    def eval_batches(self, split: str) -> Iterator[tuple]:
+        """Batches of a split with images as they are stored: in inference the library itself resizes them."""
+        return self.batches(split, self.share(self.eval_batch_size), resized=False)
+
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is: average precisions in percent."""
         judge = self.backend.evaluate or evaluate_detector
         return judge(self.detector, self.data, split, partial(self.eval_batches, split))
 
     def description_of_student(self) -> dict[str, Any]:
-        """How the detector is built, and its classes."""
+        """How the detector is built and set up for inference, and its classes."""
         return {
             "task": type(self).__name__,
-            "architecture": self.network.architecture,
-            "backbone": self.network.backbone,
-            "config": self.network.config,
-            "options": self.network.setting("options", self.backend.name),
             "backend": self.backend.name,
+            "network": self.detector.describe(),
             "classes": list(self.data.classes),
             "category_ids": [int(number) for number in self.data.category_ids],
+            "keypoints": list(getattr(self.data, "keypoints", ())),
         }
 
     def details(self) -> dict[str, Any]:
@@ -120,11 +124,27 @@ class Detection(Task):
         from gkd.viz import detections
 
         images, targets, _ = next(iter(self.batches("test", 4)))
+        stored, true, _ = next(iter(self.batches("test", 4, resized=False)))
         return [
             detections.class_section(self.evaluate("test")),
-            detections.box_section(images, targets, {"student": self.detector.detect(images)}, self.data.classes),
+            detections.box_section(stored, true, {"student": self.detector.detect(stored)}, self.data.classes),
             detections.graph_section(self.distiller, images, targets),
         ]
+
+    def _check_data(self) -> None:
+        """What a network learns beside boxes must be in the data."""
+        sample = self.data.samples("train")[0]
+        wanted = {"masks": ("segmentations", self.detector.has_masks), "keypoints": ("keypoints", self.detector.num_keypoints)}
+        for what, (attribute, is_wanted) in wanted.items():
+            if is_wanted and getattr(sample, attribute, None) is None:
+                raise UserError(
+                    f"Expected {what} in the data for {type(self.detector.model).__name__}, which learns them (got boxes alone). "
+                    f"Read them, with COCO.{what} = True, say, or choose a network without."
+                )
+        if self.detector.num_keypoints not in (0, len(getattr(self.data, "keypoints", ()))):
+            raise UserError(
+                f"Expected data of {self.detector.num_keypoints} keypoints, as the network finds (got {len(self.data.keypoints)})"
+            )
 
     def _check_logit_terms(self) -> None:
         stages = {detector.two_stage for detector in (self.detector, self.teacher_detector) if detector is not None}

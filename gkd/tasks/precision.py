@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from gkd.detection.interface import Detector
+from gkd.detection.interface import Detections, Detector
 from gkd.errors import UserError
 
 Found = dict[str, Any]
 
 HEADLINES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+KEYPOINT_HEADLINES = ("AP", "AP50", "AP75", "APm", "APl")
 
 
 def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
@@ -27,10 +28,11 @@ def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callab
         detector: What is judged; its model is back in the mode it was in afterwards.
         data: Gives ``annotations(split)`` and ``metric``, as `gkd.data.DetectionData` does.
         split: Name of the split.
-        batches: Gives this process's batches of the split.
+        batches: Gives this process's batches of the split, with images as they are stored.
 
     Returns:
         ``split`` and the numbers of `coco_metrics`; where the metric is Pascal VOC's, AP50 and those of the classes are by `voc_metrics`.
+        Of networks that segment instances also ``segm_AP``, .., of those that find keypoints ``keypoint_AP``, ..
     """
     is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_shared:
@@ -39,16 +41,9 @@ def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callab
     read: list[int] = []
     results: list[Found] = []
     for images, targets, _ in batches():
-        for image, target, found in zip(images, targets, detector.detect(images), strict=True):
+        for target, found in zip(targets, detector.detect(images), strict=True):
             read.append(target["image_id"])
-            scale = found.boxes.new_tensor([target["size"][1] / image.shape[2], target["size"][0] / image.shape[1]]).repeat(2)
-            boxes = (found.boxes * scale).cpu()
-            boxes[:, 2:] -= boxes[:, :2]
-            rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-            results += [
-                {"image_id": target["image_id"], "category_id": int(data.category_ids[label]), "bbox": box, "score": score}
-                for box, score, label in rows
-            ]
+            results += _results(found, target["image_id"], data.category_ids)
     if is_shared:
         gathered: list[tuple[list[int], list[Found]]] = [([], []) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(gathered, (read, results))
@@ -59,16 +54,42 @@ def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callab
     record = coco_metrics(annotations, results)
     if data.metric != "coco":
         record = {name: record[name] for name in HEADLINES} | voc_metrics(annotations, results, eleven_points=data.metric == "voc07")
+    for kind, is_there in (("segm", detector.has_masks), ("keypoints", detector.num_keypoints)):
+        if is_there:
+            record |= coco_metrics(annotations, results, kind)
     return {"split": split, **record}
 
 
-def coco_metrics(annotations: Mapping[str, Any], results: Sequence[Found]) -> dict[str, float | None]:
+def _results(found: Detections, image_id: int, category_ids: Sequence[int]) -> list[Found]:
+    """What was found in an image, in COCO's form."""
+    boxes = found.boxes.float().cpu()
+    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)
+    rows = zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    results = [{"image_id": image_id, "category_id": int(category_ids[label]), "bbox": box, "score": score} for box, score, label in rows]
+    if found.masks is not None:
+        from pycocotools import mask as coder
+
+        planes = np.asfortranarray(found.masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0))
+        for result, runs in zip(results, coder.encode(planes), strict=True):
+            result["segmentation"] = runs
+    if found.keypoints is not None:
+        for result, points in zip(results, found.keypoints.flatten(1).tolist(), strict=True):
+            result["keypoints"] = points
+    return results
+
+
+def coco_metrics(
+    annotations: Mapping[str, Any], results: Sequence[Found], kind: Literal["bbox", "segm", "keypoints"] = "bbox"
+) -> dict[str, float | None]:
     """COCO's numbers in percent: AP over IoU .5 to .95, AP50, AP75, APs, APm, APl, and AP/CLASS of every class; None where there is nothing
     to find.
 
     Args:
         annotations: What is there, in COCO's form.
-        results: What was found: dictionaries of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
+        results: What was found: dictionaries of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``, and
+            ``segmentation`` (run lengths) or ``keypoints`` (x, y, score of each).
+        kind: What is compared. Numbers of masks begin with ``segm_``, those of keypoints with ``keypoint_``; the latter have no APs. The
+            tolerances of keypoints are COCO's for its 17 of a person, and 0.05 each for others.
 
     Raises:
         UserError: If pycocotools is not installed.
@@ -92,23 +113,29 @@ def coco_metrics(annotations: Mapping[str, Any], results: Sequence[Found]) -> di
                     annotation["ignore"] = annotation["ignore"] or annotation.get("difficult", 0)
 
     names = {category["id"]: category["name"] for category in annotations["categories"]}
+    prefix, headlines = {"bbox": ("", HEADLINES), "segm": ("segm_", HEADLINES), "keypoints": ("keypoint_", KEYPOINT_HEADLINES)}[kind]
     if not results:
         there = {one["category_id"] for one in annotations["annotations"] if not (one.get("iscrowd", 0) or one.get("difficult", 0))}
-        return {**dict.fromkeys(HEADLINES, 0.0), **{f"AP/{name}": 0.0 if number in there else None for number, name in names.items()}}
+        of_classes = {f"AP/{name}": 0.0 if number in there else None for number, name in names.items()}
+        return {f"{prefix}{name}": value for name, value in {**dict.fromkeys(headlines, 0.0), **of_classes}.items()}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth = COCO()
         truth.dataset = dict(annotations)
         truth.createIndex()
-        found = truth.loadRes([dict(result) for result in results])
-        evaluation = Evaluation(truth, found, "bbox")
+        # A box, where there is one, decides by which area an object is small: that of masks and keypoints is their own.
+        kept = ("image_id", "category_id", "score", "segmentation" if kind == "segm" else kind)
+        found = truth.loadRes([{name: result[name] for name in kept} for result in results])
+        evaluation = Evaluation(truth, found, kind)
+        if kind == "keypoints" and (number := len(results[0]["keypoints"]) // 3) != len(evaluation.params.kpt_oks_sigmas):
+            evaluation.params.kpt_oks_sigmas = np.full(number, 0.05)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    record = {key: _percent(value) for key, value in zip(HEADLINES, evaluation.stats[:6], strict=True)}
+    record = {f"{prefix}{key}": _percent(value) for key, value in zip(headlines, evaluation.stats[: len(headlines)], strict=True)}
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all sizes, most detections
     for place, number in enumerate(evaluation.params.catIds):
         known = precision[:, :, place][precision[:, :, place] > -1]
-        record[f"AP/{names[number]}"] = _percent(known.mean() if known.size else -1)
+        record[f"{prefix}AP/{names[number]}"] = _percent(known.mean() if known.size else -1)
     return record
 
 

@@ -20,16 +20,11 @@ def test_settings_may_be_given_for_each_back_end():
     assert network.setting("backbone_weights", "torchvision") == "DEFAULT"
 
 
-def test_an_unknown_architecture():
-    with pytest.raises(ValueError, match=r"'faster_rcnn', 'retinanet', 'fcos' .*got 'yolo'"):
-        DetectorNetwork("yolo")
-
-
 def test_the_choice_of_a_back_end(monkeypatch):
     assert isinstance(choose_backend("torchvision")[0], TorchvisionBackend)
     own = TorchvisionBackend()
     assert choose_backend(own) == (own, None)
-    with pytest.raises(UserError, match=r"'torchvision' or 'detectron2' .*got 'mmdet'"):
+    with pytest.raises(UserError, match=r"'torchvision' or 'detectron2' or 'transformers' .*got 'mmdet'"):
         choose_backend("mmdet")
     monkeypatch.setitem(sys.modules, "detectron2", None)  # as if it were not installed
     backend, note = choose_backend()

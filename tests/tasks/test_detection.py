@@ -36,6 +36,7 @@ Trainer.device = 'cpu'
 Trainer.loggers = ()
 """
 EVERY_TERM = ("REGION_VERTEX_WEIGHT = 1.0", "LEVEL_EDGE_WEIGHT = 1.0")
+DIGITS = SimpleNamespace(num_classes=10, classes=tuple("0123456789"), category_ids=range(1, 11), min_size=(64,), max_size=64)
 SCENES = ["Detection.data = @DigitScenes()", "DigitScenes.size = 64", "DigitScenes.num_train = 4", "DigitScenes.num_test = 2"]
 
 
@@ -52,7 +53,7 @@ def files(tmp_path, monkeypatch):
         weights = tmp_path / f"{architecture}.pth"
         if not weights.exists():
             network = DetectorNetwork(architecture, "resnet10", options=options(architecture))
-            TorchvisionBackend().build_student(network, SimpleNamespace(num_classes=10, category_ids=range(1, 11))).save(weights)
+            TorchvisionBackend().build_student(network, DIGITS).save(weights)
         text = [
             f"ARCHITECTURE = '{architecture}'",
             f"TEACHER_WEIGHTS = '{weights}'",
@@ -87,7 +88,7 @@ def test_no_head_of_the_teacher_runs_unless_a_term_asks(files):
         task = build(f"KD_WEIGHT = {weight}")
         called = spy(task.teacher.model)
         losses = task.distiller(*next(task.batches("train", 2)))
-        assert set(called) == {"transform", "backbone"} | heads
+        assert set(called) == {"backbone"} | heads
         assert ("kd" in losses) == bool(heads)
         assert all(loss.isfinite() for loss in losses.values())
     names = {name.split("/")[0] for name in losses}
@@ -121,7 +122,7 @@ def test_class_logits_of_one_stage_detectors_at_all_places(files, architecture):
     heads = spy(task.teacher.model.head)
     batch = next(task.batches("train", 2))
     losses = task.distiller(*batch)
-    assert set(called) == {"transform", "backbone", "head"}
+    assert set(called) == {"backbone", "head"}
     assert set(heads) == {"classification_head"}
     losses["kd"].backward()
     head = task.student.head
@@ -184,7 +185,7 @@ def test_a_run_resumes_bit_for_bit_and_its_student_loads_strictly(files, main, c
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     network = DetectorNetwork("fcos", "resnet10", options=options("fcos"))
-    plain = TorchvisionBackend().build_student(network, SimpleNamespace(num_classes=10, category_ids=range(1, 11))).model
+    plain = TorchvisionBackend().build_student(network, DIGITS).model
     plain.load_state_dict(whole, strict=True)
     capsys.readouterr()
     assert main([*command, "--eval-only"]) == 0

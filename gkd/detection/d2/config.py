@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from gkd.detection.d2.backbones import MOBILENETS, MobileNetBackbone, register_backbones
+from gkd.detection.d2.files import parse_config
 from gkd.errors import UserError
-from gkd.files import write_atomic
 
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *MOBILENETS)
@@ -22,6 +22,10 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # Configurations of the model zoo that an architecture stands for.
 ARCHITECTURES = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "keypoint_rcnn": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "cascade_mask_rcnn": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "panoptic_fpn": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
     "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
     "fcos": "COCO-Detection/fcos_R_50_FPN_1x.py",
 }
@@ -80,22 +84,31 @@ def find_config(source: str) -> Path:
     )
 
 
-def read_config(source: str) -> Any:
+def read_config(source: str, trusted: bool = True) -> Any:
     """The configuration in a file or under a name, see :func:`find_config`: a CfgNode, or a DictConfig for a LazyConfig.
+
+    Args:
+        source: As there.
+        trusted: Whether code in it may run: that of a LazyConfig, or the tags by which Detectron2's own YAML files compute numbers. A file
+            that merely lies beside weights is not.
 
     Raises:
         UserError: If there is none, or it cannot be read.
     """
     path = find_config(source)
+    if path.suffix == ".py" and not trusted:
+        raise UserError(f"Expected a YAML file beside the weights (got {path}, which is code). Name it as DetectorNetwork.config.")
     from detectron2.config import LazyConfig, get_cfg
 
     register_backbones()
+    if path.suffix != ".py" and _is_saved_lazy(path):
+        return parse_config(path.read_text(), str(path))
     try:
-        if path.suffix == ".py" or _is_saved_lazy(path):
+        if path.suffix == ".py":
             config = LazyConfig.load(str(path))
         else:
             config = get_cfg()
-            config.merge_from_file(str(path))
+            config.merge_from_file(str(path), allow_unsafe=trusted)
     except Exception as error:  # a LazyConfig is code, which may fail in any way
         raise UserError(f"Expected a configuration that Detectron2 reads at {path} (got {type(error).__name__}: {error})") from error
     if is_lazy(config) and "model" not in config:
@@ -138,6 +151,28 @@ def set_num_classes(config: Any, num_classes: int) -> None:
     for part in (config.model, config.model.get("roi_heads")):
         if part is not None and "num_classes" in part:
             part.num_classes = num_classes
+
+
+def num_classes_of(config: Any) -> int:
+    """Number of classes of the model."""
+    if not is_lazy(config):
+        return int(
+            config.MODEL.RETINANET.NUM_CLASSES if "RetinaNet" in config.MODEL.META_ARCHITECTURE else config.MODEL.ROI_HEADS.NUM_CLASSES
+        )
+    parts = (config.model, config.model.get("roi_heads"))
+    return int(next((part.num_classes for part in parts if part is not None and "num_classes" in part), 80))
+
+
+def set_num_keypoints(config: Any, number: int, is_of_weights: bool) -> None:
+    """Sets the number of keypoints of a head for these, where the data say it and no weights do."""
+    if is_of_weights or number == 0:
+        return
+    if not is_lazy(config):
+        config.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = number
+        return
+    head = (config.model.get("roi_heads") or {}).get("keypoint_head")
+    if head is not None:
+        head.num_keypoints = number
 
 
 def set_backbone(config: Any, name: str) -> None:
@@ -199,14 +234,43 @@ def backbone_name(config: Any) -> str:
     return str(name)
 
 
-def without_masks(config: Any) -> None:
-    """Leaves out the heads for masks and keypoints: the data hold boxes."""
-    if not is_lazy(config):
-        config.MODEL.MASK_ON = config.MODEL.KEYPOINT_ON = False
+def set_inference(config: Any, size: tuple[int, int] | None) -> None:
+    """Tells the configuration the size of the images in inference, and takes out the names of data sets that others trained on."""
+    if is_lazy(config):
+        from omegaconf import OmegaConf
+
+        format_ = input_format(config)
+        config.pop("dataloader", None)
+        OmegaConf.update(config, _MAPPER_FORMAT, format_, force_add=True)
+        if size is not None:
+            resize = {
+                "_target_": "detectron2.data.transforms.ResizeShortestEdge",
+                "short_edge_length": [size[0], size[0]],
+                "max_size": size[1],
+            }
+            OmegaConf.update(config, "dataloader.test.mapper.augmentations", [resize], force_add=True)
         return
-    heads = config.model.get("roi_heads") or {}
-    for name in [name for name in heads if name.startswith(("mask_", "keypoint_"))]:
-        heads[name] = None
+    config.DATASETS.TRAIN = config.DATASETS.TEST = ()
+    config.MODEL.WEIGHTS = ""
+    if size is not None:
+        config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST = size
+
+
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """Names of the classes of the data that the configuration was trained on, where Detectron2's catalog has them."""
+    from detectron2.data import MetadataCatalog
+
+    if is_lazy(config):
+        from omegaconf import OmegaConf
+
+        names = OmegaConf.select(config, "dataloader.train.dataset.names") or ()
+    else:
+        names = config.DATASETS.TRAIN
+    name = names if isinstance(names, str) else next(iter(names), None)
+    if name is None or name not in MetadataCatalog.list():
+        return None
+    found = MetadataCatalog.get(name).get("thing_classes")
+    return None if found is None else tuple(found)
 
 
 def set_norm(config: Any, norm: str, freeze_at: int | None = None) -> None:
@@ -283,21 +347,6 @@ def build_detector(config: Any) -> nn.Module:
             f"Expected a model with a 'backbone' that gives feature maps by name, as GeneralizedRCNN has (got {type(model).__name__})"
         )
     return model
-
-
-def save_config(config: Any, path: Path) -> None:
-    """Writes the configuration as a YAML file that plain Detectron2 reads."""
-    if not is_lazy(config):
-        write_atomic(path, lambda file: file.write(config.dump().encode()))
-        return
-    from detectron2.config import LazyConfig
-    from omegaconf import OmegaConf
-
-    # What a LazyConfig holds besides, of data and training, may be code that no YAML file can hold.
-    kept = OmegaConf.create({"model": config.model}, flags={"allow_objects": True})
-    OmegaConf.update(kept, _MAPPER_FORMAT, input_format(config), force_add=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    LazyConfig.save(kept, str(path))
 
 
 def _zoo_folders() -> Sequence[Path]:

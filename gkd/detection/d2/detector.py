@@ -1,64 +1,57 @@
-"""Detectron2 behind gkd's interface of detectors."""
+"""Detectron2's models behind gkd's interface of detectors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gkd.detection.backend import Backend
-from gkd.detection.d2.config import (
-    build_detector,
-    input_format,
-    norm_of,
-    read_config,
-    require_detectron2,
-    save_config,
-    set_backbone,
-    set_norm,
-    set_num_classes,
-    update_config,
-    use_torchvision_layout,
-    without_masks,
-)
-from gkd.detection.d2.evaluation import evaluate_with_detectron2
-from gkd.detection.d2.weights import config_of_weights, is_of_detectron2, load_backbone, load_detector
-from gkd.detection.interface import Detections, Detector, DetectorNetwork, Images, Output, Targets
+from gkd.detection.classes import refuse_classes
+from gkd.detection.d2.config import input_format
+from gkd.detection.d2.files import config_text, save_config
+from gkd.detection.interface import Detections, Detector, Images, Output, Targets
 from gkd.errors import UserError
 from gkd.files import write_atomic
 from gkd.models.modes import evaluating
 
-# Trained networks of the model zoo, for weights = 'DEFAULT'.
-PUBLISHED = {
-    ("faster_rcnn", "resnet50"): "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
-    ("faster_rcnn", "resnet101"): "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml",
-    ("retinanet", "resnet50"): "COCO-Detection/retinanet_R_50_FPN_3x.yaml",
-    ("retinanet", "resnet101"): "COCO-Detection/retinanet_R_101_FPN_3x.yaml",
-    ("fcos", "resnet50"): "COCO-Detection/fcos_R_50_FPN_1x.py",
-}
-
 
 class Detectron2Detector(Detector):
-    """A model of Detectron2 whose backbone gives feature maps by name: GeneralizedRCNN, RetinaNet, FCOS and their like.
+    """A model of Detectron2 whose backbone gives feature maps by name: GeneralizedRCNN, PanopticFPN, RetinaNet, FCOS and their like.
 
     Images come in RGB, and the model gets them in the channel order that its configuration asks for; it subtracts its own mean, divides
-    by its own standard deviation and pads as its backbone wants. So two models of other habits see the same picture.
+    by its own standard deviation and pads as its backbone wants. So two models of other habits see the same picture. In inference, images
+    as they are stored are resized as Detectron2's `DefaultPredictor` does it.
 
     Args:
         model: The model.
         config: What it was built from, a CfgNode or a LazyConfig.
-        num_classes: Classes of the data; None where they are not the model's.
+        labels: The model's class of every class of the data; None if it has others.
+        names: Names of the model's classes.
+        size: Shorter and longest side in inference; None leaves images as they are.
     """
 
-    def __init__(self, model: nn.Module, config: Any, num_classes: int | None = None) -> None:
-        self.model, self.config, self.num_classes = model, config, num_classes
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        labels: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.model, self.config, self.size = model, config, size
+        self.classes = None if names is None else tuple(names)
+        self.labels = None if labels is None else tuple(labels)
         self.reverses_channels = input_format(config) == "BGR"
         shapes = self._network.backbone.output_shape()
         self.levels = tuple(sorted(shapes, key=lambda name: shapes[name].stride))
         self.two_stage = hasattr(model, "roi_heads") and getattr(model, "proposal_generator", None) is not None
+        heads: Any = getattr(model, "roi_heads", None)
+        self.has_masks = bool(getattr(heads, "mask_on", False))
+        self.num_keypoints = heads.keypoint_head.num_keypoints if getattr(heads, "keypoint_on", False) else 0
+        self._tables: dict[torch.device, Tensor] = {}
         if hasattr(model, "_ema_update") and not hasattr(model, "loss_normalizer"):
             _keep_normalizer(model, 300.0 if type(model).__name__ == "FCOS" else 100.0)
 
@@ -105,38 +98,81 @@ class Detectron2Detector(Detector):
         return self._sorted(self._network.backbone(self._network.preprocess_image(self._inputs(images)).tensor))
 
     def class_logits(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
-        """Class scores of given boxes."""
+        """Class scores of given boxes; of a cascade those of its first stage, which is made for proposals."""
         from detectron2.structures import Boxes
 
-        heads: Any = getattr(self.model, "roi_heads", None)
-        if not self.two_stage or isinstance(getattr(heads, "box_predictor", None), nn.ModuleList | None):
-            raise UserError(f"Expected a two-stage detector with one box head for class logits (got {type(self.model).__name__})")
-        self._check_classes(heads.num_classes)
-        found = [Boxes(box) for box in boxes]
+        heads = self._roi_heads("class logits")
+        table = self._label_table(next(iter(features.values())).device)
+        proposals = [Boxes(box) for box in boxes]
         if hasattr(heads, "box_pooler"):
-            pooled = heads.box_head(heads.box_pooler([features[name] for name in heads.box_in_features], found))
+            box_head, predictor = heads.box_head, heads.box_predictor
+            if isinstance(predictor, nn.ModuleList | list):
+                box_head, predictor = box_head[0], predictor[0]
+            pooled = box_head(heads.box_pooler([features[name] for name in heads.box_in_features], proposals))
         else:  # heads on a map of stride 16, without a pyramid
-            pooled = heads._shared_roi_transform([features[name] for name in heads.in_features], found).mean(dim=(2, 3))
-        return heads.box_predictor(pooled)[0]
+            predictor = heads.box_predictor
+            pooled = heads._shared_roi_transform([features[name] for name in heads.in_features], proposals).mean(dim=(2, 3))
+        return predictor(pooled)[0][:, torch.cat((table, table.new_full((1,), heads.num_classes)))]
+
+    def mask_logits(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], labels: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Scores of the mask head."""
+        from detectron2.structures import Boxes
+
+        heads = self._roi_heads("mask logits")
+        if not self.has_masks or not hasattr(heads, "mask_pooler"):
+            raise UserError(f"Expected a detector with a mask head on its pyramid for mask logits (got {type(self.model).__name__})")
+        pooled = heads.mask_pooler([features[name] for name in heads.mask_in_features], [Boxes(box) for box in boxes])
+        logits = heads.mask_head.layers(pooled)
+        if logits.shape[1] == 1:  # one mask for whatever class
+            return logits[:, 0]
+        return logits[torch.arange(len(labels), device=logits.device), self._label_table(logits.device)[labels]]
 
     def dense_logits(self, features: Mapping[str, Tensor]) -> Tensor:
         """Class scores of the head, which computes its boxes along the way."""
         if self.two_stage or not hasattr(self.model, "head"):
             raise UserError(f"Expected a one-stage detector for class logits at all places (got {type(self.model).__name__})")
-        self._check_classes(self._network.num_classes)
         return self._dense(self._network.head([features[name] for name in self._network.head_in_features])[0])
 
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:
         """What the model finds, best first."""
+        table = self._label_table(images[0].device)
+        label_of = torch.full((max(self._num_classes, int(table.max()) + 1),), -1, device=table.device)
+        label_of[table] = torch.arange(len(table), device=table.device)
+        inputs = [
+            {**entry, "image": self._resized(entry["image"]), "height": image.shape[1], "width": image.shape[2]}
+            for entry, image in zip(self._inputs(images), images, strict=True)
+        ]
         with evaluating(self.model):
-            outputs = self._network(self._inputs(images))
-        found = []
+            outputs = self._network(inputs)
+        detections = []
         for output in outputs:
             instances = output["instances"]
+            labels = label_of[instances.pred_classes]
             order = instances.scores.argsort(descending=True, stable=True)
-            found.append(Detections(instances.pred_boxes.tensor[order], instances.scores[order], instances.pred_classes[order]))
-        return found
+            order = order[labels[order] >= 0]
+            masks = instances.pred_masks[order] if instances.has("pred_masks") else None
+            keypoints = instances.pred_keypoints[order] if instances.has("pred_keypoints") else None
+            detections.append(Detections(instances.pred_boxes.tensor[order], instances.scores[order], labels[order], masks, keypoints))
+        return detections
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration, and how images are prepared."""
+        network = self._network
+        part = getattr(network, "roi_heads", network)
+        predictor = getattr(part, "box_predictor", part)
+        return {
+            "architecture": type(network).__name__,
+            "backbone": None,
+            "config": config_text(self.config),
+            "labels": None if self.labels is None else list(self.labels),
+            "names": None if self.classes is None else list(self.classes),
+            "size": None if self.size is None else list(self.size),
+            "mean": network.pixel_mean.flatten().tolist(),
+            "std": network.pixel_std.flatten().tolist(),
+            "channels": "BGR" if self.reverses_channels else "RGB",
+            "thresholds": {name: getattr(predictor, name) for name in ("test_score_thresh", "test_nms_thresh") if hasattr(predictor, name)},
+        }
 
     def save(self, path: Path) -> None:
         """Writes ``{'model': weights}``, which `DetectionCheckpointer` loads, and the configuration beside it, with the suffix .yaml."""
@@ -148,122 +184,60 @@ class Detectron2Detector(Detector):
         """Joins the levels' maps [B, A * K, h, w] of class scores."""
         number = self._network.num_classes
         rows = [level.unflatten(1, (-1, number)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in logits]
-        return torch.cat(rows, dim=1)
+        return torch.cat(rows, dim=1)[..., self._label_table(logits[0].device)]
 
-    def _check_classes(self, number: int) -> None:
-        if number != self.num_classes:
-            raise UserError(
-                f"Expected a detector with the classes of the data for class logits (got {number} classes). "
-                "Switch the term off, or choose a teacher of the same classes."
-            )
+    @property
+    def _num_classes(self) -> int:
+        return int(getattr(self._network, "roi_heads", self._network).num_classes)
+
+    def _roi_heads(self, what: str) -> Any:
+        if not self.two_stage:
+            raise UserError(f"Expected a two-stage detector for terms of {what} (got {type(self.model).__name__})")
+        return self._network.roi_heads
+
+    def _label_table(self, device: torch.device) -> Tensor:
+        if self.labels is None:
+            raise refuse_classes((), None, "its losses, scores and detections")
+        if device not in self._tables:
+            self._tables[device] = torch.tensor(self.labels, device=device)
+        return self._tables[device]
+
+    def _resized(self, image: Tensor) -> Tensor:
+        """Resizes by PIL, as `DefaultPredictor` does."""
+        if self.size is None:
+            return image
+        from detectron2.data.transforms import ResizeShortestEdge
+
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        transform = ResizeShortestEdge([self.size[0]] * 2, self.size[1]).get_transform(pixels)
+        return torch.from_numpy(transform.apply_image(pixels).copy()).permute(2, 0, 1).to(image.device)
 
     def _inputs(self, images: Images, targets: Targets | None = None) -> list[dict[str, Any]]:
-        """What the model is called with: channels in its order, true boxes where there are."""
+        """What the model is called with: channels in its order, true objects where there are."""
         inputs: list[dict[str, Any]] = [{"image": image.flip(0) if self.reverses_channels else image} for image in images]
         if targets is None:
             return inputs
-        from detectron2.structures import Boxes, Instances
+        from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 
+        table = self._label_table(images[0].device)
+        wanted = [name for name, asked in (("masks", self.has_masks), ("keypoints", self.num_keypoints)) if asked]
+        if hasattr(self.model, "sem_seg_head"):
+            wanted.append("sem_seg")
         for entry, image, target in zip(inputs, images, targets, strict=True):
-            size = (image.shape[-2], image.shape[-1])
-            entry["instances"] = Instances(size, gt_boxes=Boxes(target["boxes"]), gt_classes=target["labels"])
+            if lacking := [name for name in wanted if name not in target]:
+                raise UserError(f"Expected {lacking[0]} in the targets of {type(self.model).__name__} (got {', '.join(target)})")
+            instances = Instances((image.shape[-2], image.shape[-1]), gt_boxes=Boxes(target["boxes"]), gt_classes=table[target["labels"]])
+            if self.has_masks:
+                instances.gt_masks = BitMasks(target["masks"].bool())
+            if self.num_keypoints:
+                instances.gt_keypoints = Keypoints(target["keypoints"])
+            entry["instances"] = instances
+            if "sem_seg" in wanted:
+                entry["sem_seg"] = target["sem_seg"]
         return inputs
 
     def _sorted(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: features[name] for name in self.levels}
-
-
-class Detectron2Backend(Backend):
-    """Builds Detectron2's models from its own configurations, for training by gkd.
-
-    ============================ ===============================================================================================
-    ``DetectorNetwork``          what is built
-    ============================ ===============================================================================================
-    ``config``                   that file or entry of the model zoo, with its own channel order and statistics
-    ``weights`` of the zoo       their entry of the model zoo; ``'DEFAULT'`` is the published one of the architecture and the backbone
-    ``weights`` that gkd wrote   the configuration that lies beside the file
-    a ``.pkl`` file              architecture and backbone in the layout of the model zoo: BGR, strides in the 1x1 convolutions
-    anything else                architecture and backbone in torchvision's layout: RGB, strides in the 3x3 convolutions
-    ============================ ===============================================================================================
-
-    A network that starts from random weights gets trainable BatchNorm and no frozen stage, whatever the configuration says, for a norm
-    frozen at random weights cannot be trained; ``options`` have the last word.
-
-    Training is gkd's, not `DefaultTrainer`'s: one run folder, one command line, one way to resume for both libraries, and that bit for bit,
-    which Detectron2's endless sampler does not offer. Detectron2's optimisers and learning rates go into the trainer as
-    `Detectron2Optimizer` and `Detectron2Schedule`, its data sets into the task as `Detectron2Data`.
-
-    Args:
-        evaluator: ``'gkd'``, the same numbers for all libraries; or ``'detectron2'``: `COCOEvaluator`, `PascalVOCDetectionEvaluator`.
-    """
-
-    name = "detectron2"
-    antialias = True  # Detectron2 resizes with PIL
-
-    def __init__(self, evaluator: Literal["gkd", "detectron2"] = "gkd") -> None:
-        require_detectron2()
-        if evaluator not in ("gkd", "detectron2"):
-            raise UserError(f"Expected the evaluator 'gkd' or 'detectron2' (got {evaluator!r}). Correct Detectron2Backend.evaluator.")
-        if evaluator == "detectron2":
-            self.evaluate = evaluate_with_detectron2
-
-    def build_student(self, network: DetectorNetwork, data: Any) -> Detectron2Detector:
-        """Builds the network to train."""
-        return self._build(network, data, partial=True)
-
-    def build_teacher(self, network: DetectorNetwork, data: Any) -> Detectron2Detector:
-        """Builds the network to learn from."""
-        if network.setting("weights", self.name) is None:
-            raise UserError(
-                "Expected weights of the teacher (got none). Set teacher/DetectorNetwork.weights to a file, a name of the model zoo or "
-                "detectron2://..; a training with this network as its student makes one, student.pth in its run folder."
-            )
-        detector = self._build(network, data, partial=False)
-        detector.model.requires_grad_(False)
-        detector.model.eval()
-        return detector
-
-    def _build(self, network: DetectorNetwork, data: Any, partial: bool) -> Detectron2Detector:
-        weights, backbone_weights = self._weights(network)
-        num_classes = data.num_classes if network.num_classes is None else network.num_classes
-        config = configure(network, weights, backbone_weights, num_classes)
-        model = build_detector(config)
-        if weights is not None:
-            load_detector(model, weights, partial)
-        elif backbone_weights is not None:
-            load_backbone(model, backbone_weights, config)
-        return Detectron2Detector(model, config, data.num_classes if num_classes == data.num_classes else None)
-
-    def _weights(self, network: DetectorNetwork) -> tuple[str | None, str | None]:
-        weights = network.setting("weights", self.name)
-        if weights == "DEFAULT":
-            key = (network.architecture, network.backbone)
-            if network.config is None and key not in PUBLISHED:
-                known = ", ".join(f"{architecture} on {backbone}" for architecture, backbone in PUBLISHED)
-                raise UserError(f"Expected a network that Detectron2 publishes, {known}, for weights = 'DEFAULT' (got {' on '.join(key)})")
-            weights = network.config or PUBLISHED[key]
-        return weights, None if weights else network.setting("backbone_weights", self.name)
-
-
-def configure(network: DetectorNetwork, weights: str | None, backbone_weights: str | None, num_classes: int) -> Any:
-    """The configuration of a network, see :class:`Detectron2Backend`.
-
-    Raises:
-        UserError: If there is no such configuration, backbone or option.
-    """
-    source = network.config or (config_of_weights(weights) if weights else None)
-    config = read_config(source or network.architecture)
-    if source is None:
-        set_backbone(config, network.backbone)
-    start = weights or backbone_weights or ""
-    if (source is None or (backbone_weights and not weights)) and not is_of_detectron2(start):
-        use_torchvision_layout(config)
-    set_num_classes(config, num_classes)
-    without_masks(config)
-    if not start and norm_of(config) == "FrozenBN":
-        set_norm(config, "BN", freeze_at=0)
-    update_config(config, network.setting("options", "detectron2"))
-    return config
 
 
 def _keep_normalizer(model: nn.Module, initial: float) -> None:

@@ -62,17 +62,19 @@ def evaluate_with_detectron2(detector: Detector, data: DetectionData, split: str
 
 
 def _detect(detector: Detector, batches: Callable[[], Iterator[tuple]]) -> list[tuple[int, Any]]:
-    """Ids of this process's images, with what is found in them, in the pixels that they had before they were resized."""
+    """Ids of this process's images, with what is found in them."""
     from detectron2.structures import Boxes, Instances
 
     detected = []
     for images, targets, _ in batches():
-        for image, target, found in zip(images, targets, detector.detect(images), strict=True):
-            height, width = target["size"]
-            boxes = Boxes(found.boxes.float().cpu())
-            boxes.scale(width / image.shape[-1], height / image.shape[-2])
-            scores, classes = found.scores.float().cpu(), found.labels.cpu()
-            detected.append((target["image_id"], Instances((height, width), pred_boxes=boxes, scores=scores, pred_classes=classes)))
+        for target, found in zip(targets, detector.detect(images), strict=True):
+            instances = Instances(target["size"], pred_boxes=Boxes(found.boxes.float().cpu()))
+            instances.scores, instances.pred_classes = found.scores.float().cpu(), found.labels.cpu()
+            if found.masks is not None:
+                instances.pred_masks = found.masks.cpu()
+            if found.keypoints is not None:
+                instances.pred_keypoints = found.keypoints.cpu()
+            detected.append((target["image_id"], instances))
     return detected
 
 

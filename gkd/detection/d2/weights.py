@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +14,10 @@ from gkd.detection.d2.config import backbone_name
 from gkd.errors import UserError
 from gkd.models import build_classifier
 from gkd.models.checkpoints import read_weights
+
+_log = logging.getLogger(__name__)
+
+CLASS_LAYERS = ("cls_score", "bbox_pred", "mask_head.predictor", "keypoint_head.score_lowres", "sem_seg_head.predictor")
 
 # Names inside torchvision's resnets, and what Detectron2 calls the same.
 _RENAMED = (
@@ -58,7 +62,8 @@ def is_of_detectron2(weights: str) -> bool:
 
 
 def config_of_weights(weights: str) -> str | None:
-    """The configuration that weights belong to, if they say so: model-zoo weights by their address, gkd's by the file beside.
+    """The configuration that weights belong to, if they say so: model-zoo weights by their address, gkd's by a file beside: that of
+    gkd, or the ``config.yaml`` that Detectron2's own trainer writes into its output folder.
 
     Examples:
         >>> config_of_weights("detectron2://COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl")
@@ -72,8 +77,8 @@ def config_of_weights(weights: str) -> str | None:
             index for index, part in enumerate(parts) if part in ("COCO-Detection", "PascalVOC-Detection", "COCO-InstanceSegmentation")
         ]
         return f"{parts[folders[0]]}/{parts[folders[0] + 1]}.yaml" if folders and len(parts) > folders[0] + 1 else None
-    beside = Path(weights).with_suffix(".yaml")
-    return str(beside) if beside.is_file() else None
+    beside = (Path(weights).with_suffix(".yaml"), Path(weights).with_name("config.yaml"))
+    return next((str(file) for file in beside if file.is_file()), None)
 
 
 def load_detector(model: nn.Module, weights: str, partial: bool = False) -> None:
@@ -83,7 +88,7 @@ def load_detector(model: nn.Module, weights: str, partial: bool = False) -> None
         model: A model of Detectron2.
         weights: ``detectron2://..`` or another address that Detectron2 knows, a name of its model zoo, or a file: ``.pkl``, ``.pth``,
             ``.safetensors``.
-        partial: Leave layers alone that have another number of classes, with a warning, to go on training from there.
+        partial: Leave layers alone that have another number of classes, which the log says, to go on training from there.
 
     Raises:
         UserError: If the weights cannot be read, or are not those of the model.
@@ -92,8 +97,8 @@ def load_detector(model: nn.Module, weights: str, partial: bool = False) -> None
         missing, shapes = _load_with_detectron2(model, _address(weights))
     else:
         missing, shapes = _load(model, _read(weights))
-    if partial and shapes and all(ours[1:] == theirs[1:] for ours, theirs in shapes.values()):
-        warnings.warn(f"Left out of {weights}, as their classes are others: {', '.join(shapes)}", stacklevel=2)
+    if partial and shapes and all(any(part in name for part in CLASS_LAYERS) for name in shapes):
+        _log.warning("%s has other classes: all its weights are taken but those of %s, which start anew", weights, ", ".join(shapes))
         shapes = {}
     _check(model, missing, shapes, weights)
 

@@ -25,6 +25,8 @@ SMALL = {"min_size": 64, "max_size": 96, "num_workers": 0}
 class Oracle:
     """Finds the true boxes of the images that `remember` has seen, moved by some pixels."""
 
+    has_masks, num_keypoints = False, 0
+
     def __init__(self, shift: float = 0.0) -> None:
         self.shift = shift
         self.targets: list = []
@@ -40,7 +42,7 @@ class Oracle:
 
 def record(data, shift: float = 0.0, split: str = "test") -> dict:
     oracle = Oracle(shift)
-    return evaluate_with_detectron2(oracle, data, split, lambda: oracle.remember(data.batches(split, 8)))
+    return evaluate_with_detectron2(oracle, data, split, lambda: oracle.remember(data.batches(split, 8, resized=False)))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_cocos_evaluator_on_the_truth(coco):
     from gkd.tasks.precision import evaluate_detector
 
     oracle = Oracle(3.0)
-    ours = evaluate_detector(oracle, coco, "test", lambda: oracle.remember(coco.batches("test", 8)))
+    ours = evaluate_detector(oracle, coco, "test", lambda: oracle.remember(coco.batches("test", 8, resized=False)))
     assert ours == pytest.approx(moved, abs=1e-3)
 
 

@@ -11,8 +11,8 @@ import torch
 from gkd.detection import DetectorNetwork
 from gkd.detection.d2 import Detectron2Backend
 from gkd.detection.d2 import config as d2_config
+from gkd.detection.d2.backend import configure
 from gkd.detection.d2.config import INSTALL_PAGE, build_detector, is_available
-from gkd.detection.d2.detector import configure
 from gkd.errors import UserError
 from tests.detection.d2.toy import DATA, DENSE, SMALL, difference, draw_statistics, pictures, student, target
 
@@ -236,22 +236,23 @@ def test_no_head_is_called_for_features(architecture):
 
 
 @needs_detectron2
-def test_a_teacher_is_frozen_and_needs_weights(zoo_file):
+def test_a_teacher_is_frozen_and_needs_weights(zoo_file, caplog):
     with pytest.raises(UserError, match=r"Expected weights of the teacher \(got none\)"):
         Detectron2Backend().build_teacher(TEACHER, DATA)
     teacher = Detectron2Backend().build_teacher(DetectorNetwork(weights=str(zoo_file), options=SMALL), DATA)  # by the layout of a .pkl
     assert teacher.reverses_channels
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
-    others = SimpleNamespace(num_classes=4)
+    others = SimpleNamespace(num_classes=4, classes=tuple("wxyz"), min_size=(64,), max_size=128)
     with pytest.raises(UserError, match=r"cls_score.*num_classes"):
         Detectron2Backend().build_teacher(DetectorNetwork(weights=str(zoo_file), options=SMALL), others)
     kept = Detectron2Backend().build_teacher(DetectorNetwork(weights=str(zoo_file), options=SMALL, num_classes=3), others)
     images = pictures()
     with pytest.raises(UserError, match="the classes of the data"):
         kept.class_logits(kept.features(images), [torch.tensor([[0.0, 0, 9, 9]])] * 2, kept.image_size(images))
-    with pytest.warns(UserWarning, match="cls_score"):
+    with caplog.at_level("WARNING"):
         Detectron2Backend().build_student(DetectorNetwork(weights=str(zoo_file), options=SMALL), others)
+    assert "cls_score" in caplog.text
 
 
 @needs_detectron2

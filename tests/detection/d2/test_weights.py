@@ -6,8 +6,8 @@ from torchvision import models
 
 from gkd.detection import DetectorNetwork
 from gkd.detection.d2 import Detectron2Backend
+from gkd.detection.d2.backend import configure
 from gkd.detection.d2.config import INSTALL_PAGE, is_available
-from gkd.detection.d2.detector import configure
 from gkd.detection.d2.weights import config_of_weights
 from gkd.errors import UserError
 from tests.detection.d2.toy import DATA, SMALL, difference, draw_statistics, pictures, student
@@ -69,7 +69,7 @@ def test_plain_detectron2_loads_a_student(architecture, backbone, tmp_path):
     DetectionCheckpointer(plain).load(str(path))
     detector.model.eval()
     plain.eval()
-    images = pictures()
+    images = pictures((64, 90), (64, 70))  # of the size that the data have: nothing to resize
     with torch.no_grad():
         theirs = plain([{"image": image} for image in images])
     ours = detector.detect(images)

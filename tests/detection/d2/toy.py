@@ -8,7 +8,7 @@ from gkd.detection import DetectorNetwork
 from gkd.detection.d2 import Detectron2Backend
 from gkd.detection.d2.detector import Detectron2Detector
 
-DATA = SimpleNamespace(num_classes=3, classes=("a", "b", "c"), category_ids=(1, 2, 3))
+DATA = SimpleNamespace(num_classes=3, classes=("a", "b", "c"), category_ids=(1, 2, 3), min_size=(64,), max_size=128)
 SMALL = {
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,

@@ -1,0 +1,8 @@
+"""torchvision's detectors."""
+
+from gkd.detection.torchvision.backend import TorchvisionBackend
+from gkd.detection.torchvision.detector import TorchvisionDetector
+
+__all__ = ["TorchvisionBackend", "TorchvisionDetector"]
+
+BACKEND = TorchvisionBackend

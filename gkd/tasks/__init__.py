@@ -4,6 +4,17 @@ from gkd.tasks.accuracy import ClassifierEvaluator
 from gkd.tasks.classification import Classification
 from gkd.tasks.detection import Detection
 from gkd.tasks.network import Network, load_student
+from gkd.tasks.segmentation import Segmentation, SegmentationNetwork, load_segmenter
 from gkd.tasks.task import Task
 
-__all__ = ["Classification", "ClassifierEvaluator", "Detection", "Network", "Task", "load_student"]
+__all__ = [
+    "Classification",
+    "ClassifierEvaluator",
+    "Detection",
+    "Network",
+    "Segmentation",
+    "SegmentationNetwork",
+    "Task",
+    "load_segmenter",
+    "load_student",
+]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gkd.graphs.arguments import positive_integer, positive_number
 from gkd.graphs.edge_index import Edges, bipartite_index, check_edge_index, complete_index, neighbor_index, num_pairs, without_diagonal
 from gkd.graphs.nearest import check_neighbors, neighbors, num_slots
 from gkd.graphs.nodes import Nodes, checked_rows
@@ -48,15 +49,16 @@ class AttentionEdges(nn.Module):
 
     def __init__(self, k: int | None = None, heads: int = 1, temperature: float = 1.0, in_channels: int | None = None) -> None:
         super().__init__()
-        if k is not None and (not isinstance(k, int) or k < 1):
-            raise ValueError(f"Expected k to be a positive integer or None (got {k!r})")
-        if heads < 1 or (in_channels is not None and in_channels % heads != 0):
+        if k is not None:
+            positive_integer(k, "k")
+        positive_integer(heads, "heads")
+        if in_channels is not None:
+            positive_integer(in_channels, "in_channels")
+        if in_channels is not None and in_channels % heads != 0:
             raise ValueError(f"Expected in_channels to be a multiple of heads (got in_channels={in_channels}, heads={heads})")
-        if not temperature > 0:
-            raise ValueError(f"Expected a positive temperature (got {temperature})")
         self.k = k
         self.heads = heads
-        self.temperature = temperature
+        self.temperature = positive_number(temperature, "temperature")
         self.in_channels = in_channels
         self.query = nn.Identity() if in_channels is None else nn.Linear(in_channels, in_channels, bias=False)
         self.key = nn.Identity() if in_channels is None else nn.Linear(in_channels, in_channels, bias=False)

@@ -15,6 +15,7 @@ from gkd.graphs.encodings import add_node_attribute
 from gkd.graphs.layout import Layout, slices_of, uniform_layout
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.spectral import FACTOR, Spectrum
+from gkd.graphs.values import readable
 
 # The class of what Batch.from_data_list returns. Batch makes it when it is called, which torch.compile cannot follow.
 _DataBatch: type[Data] = type(Batch(_base_cls=Data))
@@ -166,7 +167,7 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
     if slices is None:
         slots = getattr(weigh, "slots", None)
         usual = None if slots is None or nodes.mask is not None else slots(nodes.x.shape[1])
-        if usual is None or edge_index.shape[1] != num_graphs * usual or edge_index.device.type == "cpu":
+        if usual is None or edge_index.shape[1] != num_graphs * usual or readable(edge_index):
             slices = _count_edges(where.index.batch[edge_index[1]], num_graphs)
         else:
             slices = static_tensors(_uniform_slices, num_graphs, usual)[0]
@@ -185,9 +186,9 @@ def _is_complete(topology: Tensor | Batch, where: _Where, self_loops: bool) -> b
     if not isinstance(topology, Tensor):
         return FACTOR[self_loops] in topology  # that of a complete graph, of which no edge was dropped
     if slot is not None:
-        return edge_index.device.type == "cpu" and torch.unique(edge_index, dim=1).shape[1] == edge_index.shape[1]
+        return readable(edge_index) and torch.unique(edge_index, dim=1).shape[1] == edge_index.shape[1]
     every = complete_index(num_graphs, num_nodes, self_loops, edge_index.device)
-    return edge_index is every or (not torch.compiler.is_compiling() and every.device.type == "cpu" and torch.equal(edge_index, every))
+    return edge_index is every or (readable(edge_index) and torch.equal(edge_index, every))
 
 
 def prune(graph: Data) -> Data:
@@ -207,7 +208,7 @@ def prune(graph: Data) -> Data:
     keep = edge_weight.detach() != 0
     keep = keep if keep.dim() == 1 else keep.flatten(1).any(dim=1)
     pruned = copy.copy(graph)
-    if keep.device.type == "cpu" and bool(keep.all()):
+    if readable(keep) and bool(keep.all()):
         return pruned
     names = [name for name, value in graph.to_dict().items() if isinstance(value, Tensor) and name.startswith("edge_")]
     for name in names:
@@ -279,7 +280,7 @@ def _uniform_slices(num_graphs: int, size: int) -> tuple[Tensor]:
 
 
 def _count_edges(graph: Tensor, num_graphs: int) -> Tensor:
-    if not torch.compiler.is_compiling() and graph.device.type == "cpu" and bool((graph.diff() < 0).any()):
+    if readable(graph) and bool((graph.diff() < 0).any()):
         raise ValueError("Expected an edge_index with the edges of one graph after those of another (got them mixed)")
     return slices_of(torch.zeros(num_graphs, dtype=torch.long, device=graph.device).index_add(0, graph, torch.ones_like(graph)))
 

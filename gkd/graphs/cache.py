@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gkd.graphs.values import under_a_mode
+
 Build = Callable[..., tuple[Tensor, ...]]
 
 _MOST_BYTES = 2**26  # of all the tensors that are kept
@@ -24,13 +26,9 @@ def static_tensors(build: Build, *key: object) -> tuple[Tensor, ...]:
         build: Makes the tensors from the key, each on a device that the key names.
         *key: Sizes, options and devices.
     """
-    if torch.compiler.is_compiling() or _under_a_mode():
+    if torch.compiler.is_compiling() or under_a_mode():
         return build(*key)
     return _CACHE.get(build, *key)
-
-
-def _under_a_mode() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Cache:

@@ -6,6 +6,7 @@ from torch_geometric.data import Batch, Data
 
 from gkd.graphs.layout import layout, slices_of
 from gkd.graphs.precision import as_float
+from gkd.graphs.values import readable
 
 
 def to_dense(graph: Data) -> tuple[Tensor, Tensor]:
@@ -73,8 +74,7 @@ def dense_adjacency(edge_index: Tensor, edge_weight: Tensor, num_graphs: int, nu
     if edge_weight.shape != edge_index.shape[1:]:
         raise ValueError(f"Expected 'edge_weight' of shape [{edge_index.size(1)}] (got {list(edge_weight.shape)})")
     source, target = edge_index
-    checked = edge_index.device.type == "cpu" and num_nodes > 0 and not torch.compiler.is_compiling()
-    if checked and not torch.equal(source // num_nodes, target // num_nodes):
+    if num_nodes > 0 and readable(edge_index) and not torch.equal(source // num_nodes, target // num_nodes):
         raise ValueError("Expected every edge to join two nodes of one graph (got an edge between two graphs of the batch)")
     return scatter_edges(edge_index, as_float(edge_weight), num_graphs, num_nodes)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gkd.graphs.cache import static_tensors
 from gkd.graphs.lowrank import LowRank
+from gkd.graphs.values import readable
 
 Symmetrize = Literal["union", "mutual"]
 
@@ -98,7 +99,7 @@ def check_edge_index(edge_index: Tensor, num_targets: int, num_sources: int) -> 
     """The edge list, after its shape, type and (on the CPU) its largest values were checked."""
     if edge_index.dim() != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.long:
         raise ValueError(f"Expected edge_index of shape [2, E] and type torch.int64 (got {list(edge_index.shape)}, {edge_index.dtype})")
-    if not torch.compiler.is_compiling() and edge_index.device.type == "cpu" and edge_index.numel() > 0:
+    if readable(edge_index) and edge_index.numel() > 0:
         source, target = edge_index.amax(dim=1).tolist()
         if source >= num_sources or target >= num_targets:
             raise ValueError(f"Expected edges of {num_sources} sources and {num_targets} targets (got node {source} -> node {target})")

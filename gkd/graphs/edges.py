@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gkd.graphs.arguments import flag, positive_integer, positive_number
 from gkd.graphs.edge_index import Edges, Symmetrize, bipartite_index, check_edge_index, complete_index, num_pairs, without_diagonal
 from gkd.graphs.lowrank import LowRank
 from gkd.graphs.nearest import check_neighbors, nearest, num_slots
@@ -10,6 +11,7 @@ from gkd.graphs.nodes import Nodes, checked_rows
 from gkd.graphs.precision import full_precision
 from gkd.graphs.similarity import Comparable, Metric, per_edge, take_edges
 from gkd.graphs.similarity_edges import NeighborEdges, SimilarityEdges
+from gkd.graphs.values import readable
 
 __all__ = ["CompleteEdges", "KNNEdges", "RadiusEdges"]
 
@@ -49,7 +51,7 @@ class KNNEdges(NeighborEdges):
 
     def __init__(self, k: int = 8, metric: Metric = "cosine", symmetrize: Symmetrize | None = "union", sigma: float | None = None) -> None:
         super().__init__(metric, symmetrize, sigma)
-        self.k = _positive(k, "k")
+        self.k = positive_integer(k, "k")
 
     def width(self, num_nodes: int) -> int:
         """Number of neighbour slots of a node."""
@@ -144,9 +146,7 @@ class RadiusEdges(AllPairsEdges):
 
     def __init__(self, radius: float, metric: Metric = "euclidean", sigma: float | None = None) -> None:
         super().__init__(metric, sigma)
-        if not radius > 0:
-            raise ValueError(f"Expected a positive radius (got {radius})")
-        self.radius = radius
+        self.radius = positive_number(radius, "radius")
 
     def own_edges(self, rows: Comparable, nodes: Nodes) -> Edges:
         """All pairs, those beyond the radius replaced by fillers."""
@@ -192,9 +192,9 @@ class CompleteEdges(AllPairsEdges):
         self, metric: Metric = "cosine", self_loops: bool = False, nonnegative: bool | None = None, sigma: float | None = None
     ) -> None:
         super().__init__(metric, sigma)
-        if nonnegative and metric != "cosine":
+        if nonnegative is not None and flag(nonnegative, "nonnegative") and metric != "cosine":
             raise ValueError(f"Expected metric 'cosine' with nonnegative=True (got {metric!r})")
-        self.self_loops = self_loops
+        self.self_loops = flag(self_loops, "self_loops")
         self.nonnegative = nonnegative
 
     def rows(self, nodes: Nodes) -> Tensor:
@@ -221,16 +221,10 @@ class CompleteEdges(AllPairsEdges):
 
     def _clean(self, x: Tensor) -> bool:
         """Whether no feature is negative, as far as that can be known without waiting."""
-        if self.nonnegative is not None or torch.compiler.is_compiling() or x.device.type != "cpu":
+        if self.nonnegative is not None or not readable(x):
             return bool(self.nonnegative)
         return x.numel() == 0 or bool(x.detach().amin() >= 0)
 
     def extra_repr(self) -> str:
         """Arguments, for printing."""
         return f"{super().extra_repr()}, self_loops={self.self_loops}, nonnegative={self.nonnegative}"
-
-
-def _positive(value: int, name: str) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"Expected {name} to be a positive integer (got {value!r})")
-    return value

@@ -21,6 +21,7 @@ from gkd.graphs.perturbation import (
 )
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import power_of_two
+from gkd.graphs.values import readable
 
 
 class Exact:
@@ -78,7 +79,7 @@ def _decomposed(L: Tensor, exists: Tensor) -> _Spectrum:
     isolated = exists & zero_rows(L)
     aside = isolated | ~exists
     count = exists.sum(1)
-    if not torch.compiler.is_compiling() and L.device.type == "cpu" and not bool(aside.any()):
+    if readable(L) and not bool(aside.any()):
         return _Spectrum(*decompose(L), count)
     # To the top of the spectrum. A Laplacian ends at twice its largest diagonal entry, so this is above it, and near enough to cost no
     # precision.

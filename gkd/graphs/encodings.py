@@ -9,6 +9,7 @@ from torch.utils.data import get_worker_info
 from torch_geometric.data import Batch, Data
 from torch_geometric.transforms import BaseTransform
 
+from gkd.graphs.arguments import one_of, positive_integer
 from gkd.graphs.dense import from_padded, to_dense
 from gkd.graphs.heat import as_times, heat_diagonal, heat_kernel_signature
 from gkd.graphs.laplacian import Normalization, check_normalization, check_weights, connected, laplacian
@@ -60,13 +61,10 @@ class LaplacianEncoding(nn.Module):
         self, num_eig: int = 8, normalization: Normalization = "sym", method: Method = "auto", sign: Sign = "random", seed: int = 0
     ) -> None:
         super().__init__()
-        if num_eig < 1:
-            raise ValueError(f"Expected 'num_eig' to be at least 1 (got {num_eig})")
-        if sign not in ("random", "abs", None):
-            raise ValueError(f"Expected 'sign' to be 'random', 'abs' or None (got {sign!r})")
+        one_of(sign, ("random", "abs", None), "sign")
         check_method(method)
         check_normalization(normalization)
-        self.num_eig = num_eig
+        self.num_eig = positive_integer(num_eig, "num_eig")
         self.normalization: Normalization = normalization
         self.method: Method = method
         self.sign: Sign = sign
@@ -147,8 +145,8 @@ class HeatKernelEncoding(nn.Module):
         method: Method = "auto",
     ) -> None:
         super().__init__()
-        if num_eig is not None and num_eig < 1:
-            raise ValueError(f"Expected 'num_eig' to be None or at least 1 (got {num_eig})")
+        if num_eig is not None:
+            positive_integer(num_eig, "num_eig")
         check_method(method)
         check_normalization(normalization)
         self.num_eig = num_eig
@@ -206,9 +204,7 @@ class RandomWalkEncoding(nn.Module):
 
     def __init__(self, walk_length: int = 8) -> None:
         super().__init__()
-        if walk_length < 1:
-            raise ValueError(f"Expected 'walk_length' to be at least 1 (got {walk_length})")
-        self.walk_length = walk_length
+        self.walk_length = positive_integer(walk_length, "walk_length")
 
     def forward(self, graph: Data) -> Tensor:
         """Returns the encoding of every node, see the class."""

@@ -3,12 +3,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gkd.graphs.arguments import positive_integer
 from gkd.graphs.cache import static_tensors
 from gkd.graphs.edge_index import Symmetrize
 from gkd.graphs.nearest import check_neighbors, neighbors, num_slots
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.similarity import Comparable, Metric
 from gkd.graphs.similarity_edges import NeighborEdges
+from gkd.graphs.values import readable
 
 
 class GridEdges(NeighborEdges):
@@ -61,7 +63,7 @@ class GridEdges(NeighborEdges):
         number = torch.arange(num_nodes, device=x.device).expand(batch_size, -1)
         place = (cell[..., 1] * size[..., 0] + cell[..., 0]).clamp(max=num_nodes - 1)
         node_at = torch.zeros_like(number).scatter(1, place, number)
-        if not torch.compiler.is_compiling() and pos.device.type == "cpu":
+        if readable(pos):
             on_grid = ((cell + 0.5) / size - pos).abs() < 1e-3 / size
             if not bool(on_grid.all()) or not torch.equal(node_at.gather(1, place), number):
                 raise ValueError("Expected nodes on a grid, one in the centre of each cell, as PatchNodes makes them (got other positions)")
@@ -108,9 +110,9 @@ class RandomEdges(NeighborEdges):
         self, k: int = 8, seed: int = 0, metric: Metric = "cosine", symmetrize: Symmetrize | None = "union", sigma: float | None = None
     ) -> None:
         super().__init__(metric, symmetrize, sigma)
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"Expected k to be a positive integer (got {k!r})")
-        self.k = k
+        if not isinstance(seed, int):
+            raise ValueError(f"Expected seed to be an integer (got {seed!r})")
+        self.k = positive_integer(k, "k")
         self.seed = seed
 
     def width(self, num_nodes: int) -> int:

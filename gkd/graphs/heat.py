@@ -9,6 +9,7 @@ from torch import Tensor
 from gkd.graphs.dense import check_adjacency
 from gkd.graphs.laplacian import check_finite
 from gkd.graphs.precision import as_float, full_precision
+from gkd.graphs.values import readable
 
 Times = float | Sequence[float] | Tensor
 
@@ -62,7 +63,7 @@ def heat_kernel(L: Tensor, times: Times, mask: Tensor | None = None, bound: floa
         return L.new_zeros(L.size(0), len(values), *L.shape[1:])
     if bound is None:
         bound = float(L.detach().abs().sum(-1).max())
-    elif not torch.compiler.is_compiling() and L.device.type == "cpu":
+    elif readable(L):
         largest = float(L.detach().diagonal(dim1=1, dim2=2).max())
         if largest > bound * (1 + 1e-4):
             raise ValueError(f"Expected 'bound' to exceed every eigenvalue (got {bound}, and a diagonal entry of {largest:.4g})")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 
 from gkd.graphs.cache import static_tensors
+from gkd.graphs.values import readable
 
 
 class Layout(NamedTuple):
@@ -51,7 +52,7 @@ def layout(graph: Data) -> Layout:
     if torch.compiler.is_compiling():  # what a builder makes there has graphs of one size
         num_graphs = graph._num_graphs
         return uniform_layout(num_graphs, batch.shape[0] // num_graphs if num_graphs else 0, batch.device)
-    sizes = None if batch.device.type == "cpu" else _recorded_sizes(graph)
+    sizes = None if readable(batch) else _recorded_sizes(graph)
     sizes = _counted_sizes(graph) if sizes is None else sizes
     num_graphs, num_nodes = len(sizes), max(sizes, default=0)
     if min(sizes, default=0) == num_nodes:

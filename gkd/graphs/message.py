@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import scatter
+from torch_geometric.typing import Adj
+from torch_geometric.utils import is_sparse, scatter, to_edge_index
 
-from gkd.graphs.laplacian import connected
-from gkd.graphs.similarity import unit_rows
+from gkd.graphs.arguments import flag, one_of, positive_integer
+from gkd.graphs.laplacian import check_weights, connected
+from gkd.graphs.similarity import power_of_two, unit_rows
+from gkd.graphs.spectral import Spectrum
 
 
 def _difference(x_i: Tensor, x_j: Tensor) -> Tensor:
@@ -16,9 +20,11 @@ def _difference(x_i: Tensor, x_j: Tensor) -> Tensor:
 
 
 def _distance(x_i: Tensor, x_j: Tensor) -> Tensor:
-    square = (x_j - x_i).square().sum(dim=-1, keepdim=True)
+    difference = x_j - x_i
+    unit = power_of_two(difference, -1)
+    square = (difference / unit).square().sum(dim=-1, keepdim=True)
     apart = square > 0  # the root has an infinite slope at 0, where this takes the subgradient 0
-    return torch.where(apart, square.where(apart, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+    return torch.where(apart, square.where(apart, 1.0).sqrt(), 0.0) * unit
 
 
 def _cosine(x_i: Tensor, x_j: Tensor) -> Tensor:
@@ -63,16 +69,19 @@ class RelationalConv(MessagePassing):
         in_channels: Width of the features, for a learned ``feature`` relation.
         out_channels: Width of the messages of a learned ``feature`` relation.
         normalize: Whether the weights that reach a node are scaled to sum to 1. They must not be negative then.
+        **kwargs: Further arguments of :class:`torch_geometric.nn.conv.MessagePassing`, such as ``flow``.
 
     Shapes:
-        - **x** [N, d], **edge_index** [2, E] as (source j, target i), **edge_weight** [E] or None for ones; **output** [N, width]
+        - **x** [N, d], or two sets of nodes (sources [N, d], targets [M, d]) for one hop; **edge_index** [2, E] as (source j, target i), or
+          the transposed adjacency [M, N] as a sparse tensor, whose values are the weights; **edge_weight** [E] or None for ones;
+          **output** [N, width] or [M, width]
 
     Gradient:
         To the features, the weights and W. Finite everywhere: equal features, zero rows and isolated nodes included.
 
     Raises:
         ValueError: If the relation is unknown, ``hops`` is below 1, only one of the channel numbers is given or a relation cannot
-            be learned, shapes do not fit, or weights to be normalised are negative (looked at on the CPU only).
+            be learned, shapes do not fit, or (looked at on the CPU only) weights to be normalised are negative or not finite.
 
     Examples:
         >>> x = torch.tensor([[0.0], [1.0], [4.0]])
@@ -88,12 +97,12 @@ class RelationalConv(MessagePassing):
         in_channels: int | None = None,
         out_channels: int | None = None,
         normalize: bool = True,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(aggr="sum")
-        if relation not in RELATIONS:
-            raise ValueError(f"Expected 'relation' to be one of {', '.join(RELATIONS)} (got '{relation}')")
-        if hops < 1:
-            raise ValueError(f"Expected 'hops' to be at least 1 (got {hops})")
+        super().__init__(**{"aggr": "sum", **kwargs})
+        one_of(relation, tuple(RELATIONS), "relation")
+        positive_integer(hops, "hops")
+        flag(normalize, "normalize")
         if (in_channels is None) != (out_channels is None):
             raise ValueError(f"Expected 'in_channels' and 'out_channels' together (got {in_channels} and {out_channels})")
         if in_channels is not None and relation != "feature":
@@ -111,39 +120,76 @@ class RelationalConv(MessagePassing):
         if self.lin is not None:
             self.lin.reset_parameters()
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor], edge_index: Adj, edge_weight: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> Tensor:
         """Returns what every node hears, see the class."""
-        weight = self._weights(x, edge_index, edge_weight)
+        both = (x, x) if isinstance(x, Tensor) else x
+        self._check(both, x is not both[0])
+        if is_sparse(edge_index):
+            edge_index, value = to_edge_index(edge_index)
+            edge_index, edge_weight = edge_index.flip(0), value if edge_weight is None else edge_weight
+        sizes = (both[0].size(0), both[1].size(0)) if size is None else size
+        weight = self._weights(both[0], edge_index, edge_weight, sizes)
         prepare, relate = RELATIONS[self.relation]
-        heard = x if prepare is None else prepare(x)
-        heard = heard if self.lin is None else self.lin(heard)
+        heard = tuple(rows if prepare is None else prepare(rows) for rows in both)
+        heard = heard if self.lin is None else tuple(self.lin(rows) for rows in heard)
         hops = self.hops
         if relate is not None:
-            said = self.edge_updater(edge_index, x=heard)
-            heard = self.propagate(edge_index, x=None, said=said, weight=weight, size=(x.size(0), x.size(0)))
+            said = self.edge_updater(edge_index, x=heard, size=sizes)
+            heard = (self.propagate(edge_index, x=None, said=said, weight=weight, size=sizes),) * 2
             hops -= 1
         for _ in range(hops):
-            heard = self.propagate(edge_index, x=heard, said=None, weight=weight, size=(x.size(0), x.size(0)))
-        return heard
+            heard = (self.propagate(edge_index, x=heard, said=None, weight=weight, size=sizes),) * 2
+        return heard[0]
 
-    def _weights(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Tensor:
-        if x.dim() != 2 or not x.is_floating_point():
-            raise ValueError(f"Expected 'x' of shape [num_nodes, channels] in floating point (got {list(x.shape)} in {x.dtype})")
+    def dense(self, x: Tensor, spectrum: Spectrum) -> Tensor:
+        """Does what ``forward`` does by products with the adjacency, in which an edge costs less than a gathered row.
+
+        Args:
+            x: Padded features.
+            spectrum: The view of the graphs; where their adjacency is known by a factor, it is never written down.
+
+        Shapes:
+            - **x** [B, N, d]; **output** [B, N, width]
+
+        Raises:
+            ValueError: If the relation is not ``feature``, whose messages alone are products.
+        """
+        if self.relation != "feature":
+            raise ValueError(f"Expected relation='feature' for dense messages (got '{self.relation}')")
+        x = x if self.lin is None else self.lin(x)
+        total = spectrum.propagate(torch.ones_like(x[:, :, :1]))
+        scale = total.where(connected(total), 1.0).reciprocal() if self.normalize else 1.0  # who hears nothing divides 0 by 1
+        for _ in range(self.hops):
+            x = spectrum.propagate(x) * scale
+        return x
+
+    def _check(self, both: tuple[Tensor, Tensor], bipartite: bool) -> None:
+        for x in both:
+            if x.dim() != 2 or not x.is_floating_point():
+                raise ValueError(f"Expected 'x' of shape [num_nodes, channels] in floating point (got {list(x.shape)} in {x.dtype})")
+            if self.in_channels is not None and x.size(1) != self.in_channels:
+                raise ValueError(f"Expected 'x' with {self.in_channels} channels (got {x.size(1)})")
+        if bipartite and self.hops > 1:
+            raise ValueError(f"Expected hops=1 between two sets of nodes, none of which hears itself (got hops={self.hops})")
+
+    def _weights(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, sizes: tuple[int, int]) -> Tensor:
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise ValueError(f"Expected 'edge_index' of shape [2, num_edges] (got {list(edge_index.shape)})")
         if edge_weight is None:
             edge_weight = x.new_ones(edge_index.size(1))
         if edge_weight.shape != edge_index.shape[1:]:
             raise ValueError(f"Expected 'edge_weight' of shape [{edge_index.size(1)}] (got {list(edge_weight.shape)})")
-        if self.in_channels is not None and x.size(1) != self.in_channels:
-            raise ValueError(f"Expected 'x' with {self.in_channels} channels (got {x.size(1)})")
         if not self.normalize:
             return edge_weight
-        looks = edge_weight.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would synchronise
-        if looks and edge_weight.numel() > 0 and bool(edge_weight.detach().min() < 0):
-            raise ValueError(f"Expected 'edge_weight' not to be negative under normalize=True (got {float(edge_weight.detach().min()):g})")
-        target = edge_index[1]
-        total = scatter(edge_weight, target, dim=0, dim_size=x.size(0), reduce="sum")
+        check_weights(edge_weight)
+        forward = self.flow == "source_to_target"
+        target, num_targets = edge_index[1 if forward else 0], sizes[1 if forward else 0]
+        # Shares do not change with the unit of the weights, whatever their sum is.
+        largest = scatter(edge_weight.detach(), target, dim=0, dim_size=num_targets, reduce="max")
+        edge_weight = edge_weight / power_of_two(largest[:, None], -1)[:, 0][target]
+        total = scatter(edge_weight, target, dim=0, dim_size=num_targets, reduce="sum")
         total = total.where(connected(total), torch.ones_like(total))  # a node that hears nothing divides 0 by 1
         return edge_weight / total[target]
 

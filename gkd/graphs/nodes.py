@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkd.graphs.arguments import flag, positive_integer
 from gkd.graphs.precision import as_float
+from gkd.graphs.values import readable
 
 
 class Nodes(NamedTuple):
@@ -50,7 +52,7 @@ class ChannelNodes(nn.Module):
     def __init__(self, grid: int | tuple[int, int] | None = None, center: bool = False) -> None:
         super().__init__()
         self.grid = _grid_size(grid)
-        self.center = center
+        self.center = flag(center, "center")
 
     def forward(self, features: Tensor) -> Nodes:
         """Nodes of B graphs with C nodes each."""
@@ -86,7 +88,7 @@ class PatchNodes(nn.Module):
     def __init__(self, grid: int | tuple[int, int] | None = None, center: bool = False) -> None:
         super().__init__()
         self.grid = _grid_size(grid)
-        self.center = center
+        self.center = flag(center, "center")
 
     def forward(self, features: Tensor) -> Nodes:
         """Nodes of B graphs with h * w nodes each."""
@@ -124,7 +126,7 @@ class InstanceNodes(nn.Module):
     def __init__(self, grid: int | tuple[int, int] | None = None, center: bool = False) -> None:
         super().__init__()
         self.grid = _grid_size(grid)
-        self.center = center
+        self.center = flag(center, "center")
 
     def forward(self, features: Tensor) -> Nodes:
         """Nodes of one graph with B nodes."""
@@ -168,7 +170,7 @@ class RegionNodes(nn.Module):
             raise ValueError("Expected an output_size (got None)")
         self.roi_align = roi_align
         self.output_size = size
-        self.center = center
+        self.center = flag(center, "center")
 
     def forward(self, features: Tensor, boxes: Sequence[Tensor], image_size: tuple[int, int]) -> Nodes:
         """Nodes of B graphs, padded to the largest number of boxes."""
@@ -183,20 +185,21 @@ class RegionNodes(nn.Module):
         sizes = torch.tensor(counts, dtype=torch.long)
         image = torch.arange(batch_size).repeat_interleave(sizes)
         slot = torch.arange(sum(counts)) + (image * size - (sizes.cumsum(0) - sizes)[image])
-        image, slot = image.to(features.device), slot.to(features.device)
-        corners = torch.cat(list(boxes)) if boxes else features.new_zeros(0, 4)
-        corners = as_float(corners.detach().to(features.device))
-        if not torch.compiler.is_compiling():
+        image, slot = (index.to(features.device, non_blocking=True) for index in (image, slot))
+        corners = as_float(torch.cat(list(boxes)).detach() if boxes else features.new_zeros(0, 4))
+        if readable(corners):
             _check_boxes(corners, counts)
+        corners = corners.to(features.device, non_blocking=True)
 
-        scale = corners.new_tensor([width, height]) / corners.new_tensor([image_size[1], image_size[0]])
-        limit = corners.new_tensor([image_size[1], image_size[0]])
-        low, high = (corners[:, side].clamp(min=0).minimum(limit) for side in (slice(0, 2), slice(2, 4)))
-        inside = (high > low).all(dim=1)
         # Boxes go to feature coordinates here, not by spatial_scale, which is one number for both axes.
-        rois = torch.cat((image[:, None].to(features.dtype), (low * scale).to(features.dtype), (high * scale).to(features.dtype)), dim=1)
+        x0, x1 = corners[:, 0::2].clamp(0, image_size[1]).unbind(1)
+        y0, y1 = corners[:, 1::2].clamp(0, image_size[0]).unbind(1)
+        inside = (x1 > x0) & (y1 > y0)
+        across, down = width / image_size[1], height / image_size[0]
+        rois = torch.stack((image.to(corners.dtype), x0 * across, y0 * down, x1 * across, y1 * down), dim=1).to(features.dtype)
         rows = self.roi_align(features, rois, self.output_size, 1.0).flatten(1)
-        places = (torch.cat((low + high, 2 * (high - low)), dim=1) / limit.repeat(2) / 2).to(features.dtype)
+        centre_and_size = ((x0 + x1) / 2, image_size[1]), ((y0 + y1) / 2, image_size[0]), (x1 - x0, image_size[1]), (y1 - y0, image_size[0])
+        places = torch.stack([value / length for value, length in centre_and_size], dim=1).to(features.dtype)
 
         def pad(values: Tensor) -> Tensor:
             empty = values.new_zeros(batch_size * size, *values.shape[1:])
@@ -236,7 +239,7 @@ def check_features(features: Tensor, ranks: tuple[int, ...], shape: str) -> Tens
         raise ValueError(f"Expected features of shape {shape} with at least one value a row (got {list(features.shape)})")
     features = as_float(features)
     # One sum is cheaper than isfinite over everything and is not finite if a value is not; the reverse may be overflow.
-    if not torch.compiler.is_compiling() and features.device.type == "cpu" and not math.isfinite(features.detach().sum().item()):
+    if readable(features) and not math.isfinite(features.detach().sum().item()):
         broken = int((~features.detach().isfinite()).sum())
         if broken:
             raise ValueError(f"Expected finite features (got NaN or infinity in {broken} of {features.numel()} values)")
@@ -257,6 +260,10 @@ def checked_rows(nodes: Nodes) -> Tensor:
 def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
     if grid is None or grid == tuple(features.shape[2:]):
         return features
+    if grid[0] > features.shape[2] or grid[1] > features.shape[3]:
+        raise ValueError(
+            f"Expected a grid no larger than the map, {list(features.shape[2:])} (got {list(grid)}): take a smaller grid, or None"
+        )
     if features.numel() == 0:
         return features.new_zeros(*features.shape[:2], *grid)
     return F.adaptive_avg_pool2d(features, grid)
@@ -265,10 +272,10 @@ def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
 def _grid_size(grid: int | tuple[int, int] | None) -> tuple[int, int] | None:
     if grid is None:
         return None
-    size = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"Expected a positive size or (height, width) (got {grid})")
-    return size
+    size = tuple(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else (grid, grid)
+    if len(size) != 2:
+        raise ValueError(f"Expected the size of a grid to be one number or two, (height, width) (got {grid!r})")
+    return positive_integer(size[0], "the height of a grid"), positive_integer(size[1], "the width of a grid")
 
 
 def _num_boxes(index: int, boxes: Tensor) -> int:

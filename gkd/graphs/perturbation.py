@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gkd.graphs.arguments import one_of, positive_integer
 from gkd.graphs.precision import full_precision
 
 Gauge = Literal["eigenspace", "block"]
@@ -15,12 +17,10 @@ Gradients = tuple[Tensor | None, ...]
 
 def check_options(num_eig: int, gauge: str, damping: float | None) -> None:
     """Raises a ValueError for options that no method takes."""
-    if num_eig < 1:
-        raise ValueError(f"Expected 'num_eig' to be at least 1 (got {num_eig})")
-    if gauge not in ("eigenspace", "block"):
-        raise ValueError(f"Expected 'gauge' to be 'eigenspace' or 'block' (got {gauge!r})")
-    if damping is not None and damping < 0:
-        raise ValueError(f"Expected 'damping' not to be negative (got {damping})")
+    positive_integer(num_eig, "num_eig")
+    one_of(gauge, ("eigenspace", "block"), "gauge")
+    if damping is not None and not 0 <= damping < math.inf:
+        raise ValueError(f"Expected damping to be a number that is not negative (got {damping})")
 
 
 def rounding(scale: Tensor, num_nodes: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gkd.graphs.arguments import one_of, positive_number
 from gkd.graphs.rows import neighbor_products
 
 Metric = Literal["cosine", "euclidean"]
@@ -203,9 +204,7 @@ class EuclideanSimilarity(Similarity):
     """
 
     def __init__(self, sigma: float | None = None) -> None:
-        if sigma is not None and not sigma > 0:
-            raise ValueError(f"Expected a positive sigma (got {sigma})")
-        self.sigma = sigma
+        self.sigma = None if sigma is None else positive_number(sigma, "sigma")
 
     def prepare(self, x: Tensor, y: Tensor | None = None) -> Comparable:
         """Rows around their mean, in a unit in which they can be squared. The distances do not depend on the former."""
@@ -254,10 +253,9 @@ def build_similarity(metric: Metric, sigma: float | None = None) -> Similarity:
     Raises:
         ValueError: If the name is unknown, or sigma is given to a metric without a bandwidth.
     """
+    one_of(metric, ("cosine", "euclidean"), "metric")
     if metric == "cosine":
         if sigma is not None:
             raise ValueError(f"Expected sigma=None with metric='cosine', which has no bandwidth (got sigma={sigma})")
         return CosineSimilarity()
-    if metric == "euclidean":
-        return EuclideanSimilarity(sigma)
-    raise ValueError(f"Expected metric 'cosine' or 'euclidean' (got {metric!r})")
+    return EuclideanSimilarity(sigma)

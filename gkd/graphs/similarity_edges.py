@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from gkd.graphs.arguments import one_of
 from gkd.graphs.dense import padded_edges, to_padded
 from gkd.graphs.edge_index import Edges, Symmetrize, bipartite_index, check_edge_index, neighbor_index
 from gkd.graphs.nodes import Nodes, checked_rows
@@ -85,8 +86,7 @@ class NeighborEdges(SimilarityEdges):
 
     def __init__(self, metric: Metric = "cosine", symmetrize: Symmetrize | None = None, sigma: float | None = None) -> None:
         super().__init__(metric, sigma)
-        if symmetrize not in ("union", "mutual", None):
-            raise ValueError(f"Expected symmetrize 'union', 'mutual' or None (got {symmetrize!r})")
+        one_of(symmetrize, ("union", "mutual", None), "symmetrize")
         self.symmetrize = symmetrize
 
     @abstractmethod

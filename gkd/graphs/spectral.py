@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from gkd.graphs.arguments import one_of
 from gkd.graphs.dense import to_dense, to_padded
 from gkd.graphs.eigen import Exact, Factored
 from gkd.graphs.heat import Times, as_times, heat_diagonal, heat_kernel, heat_trace
@@ -17,6 +18,7 @@ from gkd.graphs.perturbation import Gauge
 from gkd.graphs.precision import full_precision
 from gkd.graphs.similarity_edges import signed_weights
 from gkd.graphs.subspace import Subspace
+from gkd.graphs.values import readable
 
 Method = Literal["auto", "exact", "lowrank", "subspace"]
 # Node attributes that hold the factors of adjacencies with self-loops and without.
@@ -385,13 +387,12 @@ def lowrank_of(graph: Data) -> LowRank | None:
 
 def check_method(method: str) -> None:
     """Raises a ValueError for a method that does not exist."""
-    if method not in ("auto", "exact", "lowrank", "subspace"):
-        raise ValueError(f"Expected 'method' to be 'auto', 'exact', 'lowrank' or 'subspace' (got {method!r})")
+    one_of(method, ("auto", "exact", "lowrank", "subspace"), "method")
 
 
 def _check_symmetric(L: Tensor) -> None:
     """Raises a ValueError for Laplacians that are not symmetric, on the CPU only. NaN is left to a better message."""
-    if torch.compiler.is_compiling() or L.device.type != "cpu" or L.dim() != 3 or L.size(1) != L.size(2) or L.numel() == 0:
+    if not readable(L) or L.dim() != 3 or L.size(1) != L.size(2) or L.numel() == 0:
         return
     difference = float((L - L.mT).detach().abs().max())
     if difference > 1e-3 * float(L.detach().abs().max()):

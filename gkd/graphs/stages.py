@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 
+from gkd.graphs.arguments import one_of
 from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder, build_batch, build_on, encode, prune
 from gkd.graphs.edge_index import Edges
@@ -59,8 +60,7 @@ class StageGraph(nn.Module):
         super().__init__()
         if not builders:
             raise ValueError("Expected a builder for at least one stage (got none)")
-        if pairs not in ("adjacent", "all"):
-            raise ValueError(f"Expected pairs 'adjacent' or 'all' (got {pairs!r})")
+        one_of(pairs, ("adjacent", "all"), "pairs")
         cross = AttentionEdges(k=4) if cross is None else cross
         if not callable(getattr(cross, "between", None)):
             raise ValueError(

@@ -67,7 +67,7 @@ class TestAttention:
             AttentionEdges(in_channels=8)(Nodes(rows(dtype=torch.float32)))
         with pytest.raises(ValueError, match=r"multiple of heads \(got in_channels=8, heads=3\)"):
             AttentionEdges(in_channels=8, heads=3)
-        with pytest.raises(ValueError, match=r"Expected a positive temperature \(got 0\)"):
+        with pytest.raises(ValueError, match=r"Expected temperature to be a positive number \(got 0\)"):
             AttentionEdges(temperature=0)
-        with pytest.raises(ValueError, match=r"Expected k to be a positive integer or None \(got 0\)"):
+        with pytest.raises(ValueError, match=r"Expected k to be a positive integer \(got 0\)"):
             AttentionEdges(k=0)

@@ -99,13 +99,13 @@ class TestKNN:
     def test_bad_options(self):
         with pytest.raises(ValueError, match=r"Expected k to be a positive integer \(got 0\)"):
             KNNEdges(k=0)
-        with pytest.raises(ValueError, match=r"Expected symmetrize 'union', 'mutual' or None \(got 'both'\)"):
+        with pytest.raises(ValueError, match=r"Expected symmetrize to be 'union', 'mutual' or None \(got 'both'\)"):
             KNNEdges(symmetrize="both")
-        with pytest.raises(ValueError, match=r"Expected metric 'cosine' or 'euclidean' \(got 'l1'\)"):
+        with pytest.raises(ValueError, match=r"Expected metric to be 'cosine' or 'euclidean' \(got 'l1'\)"):
             KNNEdges(metric="l1")
         with pytest.raises(ValueError, match=r"Expected sigma=None with metric='cosine'.*got sigma=1.0"):
             KNNEdges(sigma=1.0)
-        with pytest.raises(ValueError, match=r"Expected a positive sigma \(got 0\)"):
+        with pytest.raises(ValueError, match=r"Expected sigma to be a positive number \(got 0\)"):
             KNNEdges(metric="euclidean", sigma=0)
 
 
@@ -125,7 +125,7 @@ class TestRadius:
         assert (A != 0).tolist() == [[False, True, False], [True, False, True], [False, True, False]]
 
     def test_bad_radius(self):
-        with pytest.raises(ValueError, match=r"Expected a positive radius \(got -1\)"):
+        with pytest.raises(ValueError, match=r"Expected radius to be a positive number \(got -1\)"):
             RadiusEdges(-1)
 
 

@@ -3,8 +3,9 @@ import torch
 from torch_geometric.data import Data
 
 import gkd.graphs.subspace
+from gkd.graphs import ChannelNodes, CompleteEdges, GraphBuilder, KNNEdges, LowRank
 from gkd.graphs.dense import from_dense
-from gkd.graphs.eigen import exact_eigenmaps, lowrank_eigenmaps
+from gkd.graphs.eigen import Exact, Factored, exact_eigenmaps, lowrank_eigenmaps
 from gkd.graphs.laplacian import laplacian
 from gkd.graphs.spectral import Spectrum, eigenmaps
 from gkd.graphs.subspace import Subspace
@@ -201,3 +202,147 @@ def test_subspace_gradient_at_a_cut_through_an_eigenspace():
     (eigvec.sin().sum() + eigval.sum()).backward()
     assert bool(weight.grad.isfinite().all())
     assert float(weight.grad.abs().max()) < 1e5
+
+
+def dead_channels(share, dtype=torch.float32):
+    """Laplacians of kNN graphs of 256 channels, most of which are dead."""
+    features = torch.rand(4, 256, 64, dtype=DOUBLE)
+    for image in features:
+        image[torch.randperm(256)[: int(256 * share)]] = 0
+    return GraphBuilder(ChannelNodes(), KNNEdges(k=8))(features.view(4, 256, 8, 8).to(dtype))
+
+
+@pytest.mark.parametrize("share", [0.7, 0.9])
+@pytest.mark.parametrize("drop_trivial", [True, False])
+def test_most_nodes_are_isolated(share, drop_trivial):
+    """LAPACK does not converge in float32 on such a matrix as it stands."""
+    graph = dead_channels(share)
+    eigval, eigvec = eigenmaps(graph, 12, method="exact", drop_trivial=drop_trivial)
+    L, mask = laplacian(graph)
+    expected = torch.linalg.eigvalsh(L.double())
+    kernel = (expected < 1e-5).sum(1) if drop_trivial else torch.zeros(4, dtype=torch.long)
+    expected = expected.gather(1, kernel[:, None] + torch.arange(12))
+    torch.testing.assert_close(eigval.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(L @ eigvec, eigvec * eigval[:, None, :], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(eigvec.mT @ eigvec, torch.eye(12).expand(4, -1, -1), rtol=1e-4, atol=1e-5)
+    for value, reference in zip(eigenmaps(L, 12, mask, drop_trivial=drop_trivial), (eigval, eigvec), strict=True):
+        torch.testing.assert_close(value.abs(), reference.abs(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["exact", "subspace"])
+@pytest.mark.parametrize("normalization", ["sym", None])
+def test_isolated_nodes_come_first(method, normalization):
+    """Two of 72 nodes are isolated and two are missing; the kernel of the rest is one vector."""
+    A = knn_adjacency(1, 72, 5)[0]
+    A[[4, 9]] = 0
+    A[:, [4, 9]] = 0
+    mask = torch.ones(1, 72, dtype=torch.bool)
+    mask[0, 70:] = False
+    graph = from_dense((A * mask[0] * mask[0][:, None])[None], mask)
+    eigval, eigvec = eigenmaps(graph, 5, method=method, normalization=normalization, drop_trivial=False)
+    L = laplacian(graph, normalization)[0]
+    torch.testing.assert_close(L @ eigvec, eigvec * eigval[:, None, :], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(eigval[0], torch.linalg.eigvalsh(L[0])[:5], rtol=1e-6, atol=1e-7)
+    assert eigval[0, :3].tolist() == [0.0] * 3
+    assert torch.equal(eigvec[0, :, :2], torch.eye(70, dtype=DOUBLE)[:, [4, 9]])
+    dropped = eigenmaps(graph, 2, method=method, normalization=normalization)
+    torch.testing.assert_close(dropped[0], eigval[:, 3:])
+
+
+def test_isolated_nodes_have_their_part_in_the_gradient():
+    """An edge that grows from 0 to an isolated node turns every vector, as perturbation theory says: (e_j . g) / lambda."""
+    A = torch.zeros(1, 5, 5, dtype=DOUBLE)
+    for i, j in ((0, 1), (1, 2), (2, 3)):
+        A[0, i, j] = A[0, j, i] = 1 + i / 4
+    gradients = []
+    for method in ("exact", "subspace", "whole"):
+        leaf = A.clone().requires_grad_()
+        L = torch.diag_embed(leaf.sum(-1)) - leaf
+        eigvec = torch.linalg.eigh(L)[1][:, :, 2:4] if method == "whole" else eigenmaps(L, 2, method=method)[1]
+        eigvec = eigvec * eigvec[:, :1].sign()
+        (eigvec * torch.arange(10, dtype=DOUBLE).cos().view(5, 2)).sum().backward()
+        gradients.append((leaf.grad + leaf.grad.mT)[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+
+
+def test_float64_where_float32_does_not_converge(monkeypatch):
+    solve = torch.linalg.eigh
+
+    def eigh(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return solve(matrix)
+
+    graph = grid_graph(3, 4)
+    expected = eigenmaps(graph, 3)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    value = eigenmaps(graph, 3)
+    assert value[0].dtype == torch.float32
+    torch.testing.assert_close(value[0], expected[0])
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: eigh(matrix.float()))
+    with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
+        eigenmaps(graph, 3)
+
+
+@pytest.mark.parametrize("method", ["exact", "lowrank", "loopless", "subspace"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_second_derivatives_are_an_error(method, linear):
+    """Also where the first gradient comes in as a constant."""
+    leaf = torch.rand(1, 60, 6, dtype=DOUBLE, requires_grad=True)
+    solver = {
+        "exact": lambda: Exact(laplacian(leaf @ leaf.mT)[0]),
+        "lowrank": lambda: Factored(leaf),
+        "loopless": lambda: Subspace(LowRank(leaf, self_loops=False)),
+        "subspace": lambda: Subspace(laplacian(leaf @ leaf.mT)[0]),
+    }[method]()
+    eigval, _ = solver.lowest(3)
+    (gradient,) = torch.autograd.grad(eigval.sum() if linear else eigval.square().sum(), leaf, create_graph=True)
+    assert torch.autograd.grad(eigval.sum(), leaf, retain_graph=True)[0].isfinite().all()
+    with pytest.raises(RuntimeError, match="Expected first derivatives of eigenpairs only"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+@pytest.mark.parametrize("normalization", ["sym", None])
+@pytest.mark.parametrize("method", ["exact", "subspace"])
+def test_any_unit_of_the_weights(method, normalization, scale):
+    graph = from_dense(knn_adjacency(dtype=torch.float32))
+    expected = eigenmaps(graph, 3, method=method, normalization=normalization)
+    unit = 1.0 if normalization == "sym" else scale
+    graph.edge_weight = (scale * graph.edge_weight).requires_grad_()
+    eigval, eigvec = eigenmaps(graph, 3, method=method, normalization=normalization)
+    torch.testing.assert_close(eigval / unit, expected[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(projector(eigvec), projector(expected[1]), rtol=1e-3, atol=1e-4)
+    (gradient,) = torch.autograd.grad((eigval / unit).sum() + eigvec.square().cos().sum(), graph.edge_weight)
+    assert gradient.isfinite().all()
+
+
+def test_all_pairs_of_a_method_come_from_one_decomposition(monkeypatch):
+    calls = []
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.shape) or solve(matrix))
+    features = torch.rand(2, 40, 3, 3)
+    for edges in (KNNEdges(k=4), CompleteEdges(self_loops=True)):
+        calls.clear()
+        spectrum = GraphBuilder(ChannelNodes(), edges).view(features)
+        expected = eigenmaps(spectrum.graph, 6, drop_trivial=False)
+        calls.clear()
+        for num_eig, drop_trivial, gauge in ((4, True, "eigenspace"), (5, True, "block"), (6, False, "eigenspace"), (2, True, "block")):
+            spectrum.eigenmaps(num_eig, drop_trivial, gauge)
+        assert len(calls) == 1
+        torch.testing.assert_close(spectrum.eigenmaps(6, drop_trivial=False)[0], expected[0])
+
+
+def test_fewer_pairs_come_from_the_same_block(monkeypatch):
+    rounds = []
+    step = gkd.graphs.subspace._rayleigh_ritz
+    monkeypatch.setattr(gkd.graphs.subspace, "_rayleigh_ritz", lambda *args: rounds.append(1) or step(*args))
+    solver = Subspace(from_dense(knn_adjacency(1, 200)))
+    eigval, eigvec = solver.lowest(6)
+    rounds.clear()
+    torch.testing.assert_close(solver.lowest(4)[0], eigval[:, :4])
+    torch.testing.assert_close(solver.lowest(4, gauge="block")[1], eigvec[:, :, :4])
+    assert not rounds
+    solver.lowest(7)
+    assert rounds

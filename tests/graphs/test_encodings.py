@@ -299,17 +299,51 @@ def test_transform_is_differentiable():
     assert gradient.abs().sum() > 0
 
 
+def test_integer_features_take_the_type_of_the_encoding():
+    graph = path_graph(3)
+    graph.x = torch.tensor([1, 2, 3])
+    pe = RandomWalkEncoding(walk_length=2)
+    assert AddEncoding(pe, attr_name=None)(graph).x.tolist() == [[1.0, 0.0, 0.5], [2.0, 0.0, 1.0], [3.0, 0.0, 0.5]]
+    graph.x = torch.ones(3, 1, dtype=torch.float16)
+    assert AddEncoding(pe, attr_name=None)(graph).x.dtype == torch.float16
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_weights_that_are_none(bad):
+    graph = path_graph(4)
+    graph.edge_weight[2] = bad
+    for encoding in (RandomWalkEncoding(2), LaplacianEncoding(1), HeatKernelEncoding(), HeatKernelEncoding(2)):
+        with pytest.raises(ValueError, match=r"finite edge weights that are not negative \(got 1 others, such as"):
+            encoding(graph)
+
+
+@pytest.mark.parametrize("encoding", [RandomWalkEncoding(3), HeatKernelEncoding(), LaplacianEncoding(2, sign="abs")], ids=repr)
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+def test_any_unit_of_the_weights(encoding, scale):
+    graph = weighted(path_graph(5))
+    expected = encoding(graph)
+    graph.edge_weight = (scale * graph.edge_weight).requires_grad_()
+    pe = encoding(graph)
+    torch.testing.assert_close(pe, expected)
+    assert torch.autograd.grad(pe.square().sum(), graph.edge_weight)[0].isfinite().all()
+
+
 def test_errors():
-    with pytest.raises(ValueError, match=r"'num_eig' to be at least 1 \(got 0\)"):
+    with pytest.raises(ValueError, match=r"num_eig to be a positive integer \(got 0\)"):
         LaplacianEncoding(num_eig=0)
-    with pytest.raises(ValueError, match=r"'sign' to be 'random', 'abs' or None \(got 'flip'\)"):
+    with pytest.raises(ValueError, match=r"sign to be 'random', 'abs' or None \(got 'flip'\)"):
         LaplacianEncoding(sign="flip")
-    with pytest.raises(ValueError, match=r"'num_eig' to be None or at least 1 \(got 0\)"):
+    with pytest.raises(ValueError, match=r"num_eig to be a positive integer \(got 0\)"):
         HeatKernelEncoding(num_eig=0)
+    for encoding in (LaplacianEncoding, HeatKernelEncoding):
+        with pytest.raises(ValueError, match=r"method to be 'auto', .* \(got 'nonsense'\)"):
+            encoding(method="nonsense")
+        with pytest.raises(ValueError, match=r"normalization to be 'sym', 'rw' or None \(got 'nonsense'\)"):
+            encoding(normalization="nonsense")
     for times in [(), (1.0, -1.0), (float("inf"),), (float("nan"),)]:
         with pytest.raises(ValueError, match=r"Expected .*finite 'times'.* \(got"):
             HeatKernelEncoding(times=times)
-    with pytest.raises(ValueError, match=r"'walk_length' to be at least 1 \(got 0\)"):
+    with pytest.raises(ValueError, match=r"walk_length to be a positive integer \(got 0\)"):
         RandomWalkEncoding(0)
     with pytest.raises(ValueError, match=r"encoding of shape \[4, num_features\] \(got \[3, 3\]\)"):
         AddEncoding(lambda graph: graph.x[:3])(path_graph(4))

@@ -139,7 +139,7 @@ def test_sparse_laplacian_and_degree():
     assert degree.tolist() == [[1.0, 2.0, 1.0], [1.0, 1.0, 0.0]]
     assert mask.tolist() == [[True, True, True], [True, True, False]]
     torch.testing.assert_close(sparse_laplacian(batch).to_dense(), laplacian(to_dense(batch)[0])[0])
-    with pytest.raises(ValueError, match="Expected 'normalization' to be 'sym' or None"):
+    with pytest.raises(ValueError, match="Expected normalization to be 'sym' or None"):
         sparse_laplacian(batch, "rw")
 
 
@@ -152,7 +152,7 @@ def test_nothing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: laplacian(torch.ones(1, 2, 2), "left"), "Expected 'normalization' to be 'sym', 'rw' or None"),
+        (lambda: laplacian(torch.ones(1, 2, 2), "left"), "Expected normalization to be 'sym', 'rw' or None"),
         (lambda: laplacian(torch.ones(2, 2)), "Expected square matrices"),
         (lambda: laplacian(torch.ones(1, 2, 2), mask=torch.ones(1, 3, dtype=torch.bool)), "Expected a boolean 'mask' of shape"),
         (lambda: laplacian(path_graph(2), mask=torch.ones(1, 2, dtype=torch.bool)), "Expected 'mask' with dense adjacencies only"),

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch_geometric.data import Batch
 
+from gkd.graphs.dense import from_padded
 from gkd.graphs.message import RelationalConv
+from gkd.graphs.spectral import Spectrum
 from gkd.graphs.testing import (
     check_batch_equals_singles,
     check_gradients,
@@ -179,11 +182,60 @@ def test_autocast_keeps_float32():
         assert torch.equal(heard, conv(graph))
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_two_sets_of_nodes(relation):
+    sources, targets = torch.randn(5, 3), torch.randn(2, 3)
+    edge_index, weight = torch.tensor([[0, 3, 4, 1], [0, 0, 1, 1]]), torch.rand(4)
+    together = RelationalConv(relation)(torch.cat([sources, targets]), torch.stack([edge_index[0], edge_index[1] + 5]), weight)
+    torch.testing.assert_close(RelationalConv(relation)((sources, targets), edge_index, weight), together[5:])
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("hops", [1, 2])
+def test_sparse_adjacency(relation, hops):
+    graph = weighted(fixture_graphs()["grid"])
+    size = (graph.num_nodes, graph.num_nodes)
+    expected = RelationalConv(relation, hops)(graph.x, graph.edge_index, graph.edge_weight)
+    adj_t = torch.sparse_coo_tensor(graph.edge_index.flip(0), graph.edge_weight, size).coalesce()
+    for adjacency in (adj_t, adj_t.to_sparse_csr()):
+        torch.testing.assert_close(RelationalConv(relation, hops)(graph.x, adjacency), expected)
+
+
+def test_arguments_of_message_passing():
+    graph = weighted(fixture_graphs()["grid"])
+    largest = RelationalConv(aggr="max", normalize=False)(graph.x, graph.edge_index)
+    assert (largest >= RelationalConv(aggr="min", normalize=False)(graph.x, graph.edge_index)).all()
+    turned = RelationalConv(flow="target_to_source")(graph.x, graph.edge_index, graph.edge_weight)
+    torch.testing.assert_close(turned, RelationalConv()(graph.x, graph.edge_index.flip(0), graph.edge_weight))
+
+
+@pytest.mark.parametrize("hops", [1, 3])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_dense_messages(hops, normalize):
+    conv = RelationalConv("feature", hops, 3, 4, normalize)
+    for graph in (weighted(fixture_graphs()["grid"]), Batch.from_data_list(list(fixture_graphs().values()))):
+        spectrum = Spectrum(graph)
+        torch.testing.assert_close(from_padded(conv.dense(spectrum.x, spectrum), graph), conv(graph.x, graph.edge_index, graph.edge_weight))
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("scale", [1e-20, 1e18])
+def test_any_unit_of_features_and_weights(relation, scale):
+    graph = weighted(fixture_graphs()["grid"])
+    expected = RelationalConv(relation)(graph.x, graph.edge_index, graph.edge_weight)
+    heard = RelationalConv(relation)(graph.x, graph.edge_index, scale * graph.edge_weight)
+    torch.testing.assert_close(heard, expected)
+    x = (scale * graph.x).requires_grad_()
+    heard = RelationalConv(relation)(x, graph.edge_index, graph.edge_weight)
+    torch.testing.assert_close(heard / (1 if relation == "cosine" else scale), expected)
+    assert torch.autograd.grad(heard.sum(), x)[0].isfinite().all()
+
+
 def test_errors():
     x, edge_index = torch.randn(3, 2), torch.tensor([[0, 1], [1, 2]])
-    with pytest.raises(ValueError, match=r"'relation' to be one of difference, distance, cosine, feature \(got 'sum'\)"):
+    with pytest.raises(ValueError, match=r"relation to be 'difference', 'distance', 'cosine' or 'feature' \(got 'sum'\)"):
         RelationalConv("sum")
-    with pytest.raises(ValueError, match=r"'hops' to be at least 1 \(got 0\)"):
+    with pytest.raises(ValueError, match=r"hops to be a positive integer \(got 0\)"):
         RelationalConv(hops=0)
     with pytest.raises(ValueError, match=r"together \(got 3 and None\)"):
         RelationalConv("feature", in_channels=3)
@@ -197,8 +249,16 @@ def test_errors():
         RelationalConv()(x, edge_index, torch.ones(3))
     with pytest.raises(ValueError, match=r"3 channels \(got 2\)"):
         RelationalConv("feature", in_channels=3, out_channels=3)(x, edge_index)
-    with pytest.raises(ValueError, match=r"not to be negative .* \(got -1\)"):
+    with pytest.raises(ValueError, match=r"finite edge weights that are not negative \(got 1 others, such as -1\)"):
         RelationalConv()(x, edge_index, torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"finite edge weights that are not negative \(got 1 others, such as nan\)"):
+        RelationalConv()(x, edge_index, torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match=r"hops=1 between two sets of nodes.* \(got hops=2\)"):
+        RelationalConv(hops=2)((x, x), edge_index)
+    with pytest.raises(ValueError, match=r"normalize to be True or False \(got 'False'\)"):
+        RelationalConv(normalize="False")
+    with pytest.raises(ValueError, match=r"relation='feature' for dense messages \(got 'cosine'\)"):
+        RelationalConv("cosine").dense(x[None], None)
     assert RelationalConv(normalize=False)(x, edge_index, torch.tensor([1.0, -1.0])).shape == (3, 2)
 
 
@@ -207,7 +267,11 @@ import json, sys
 if "--without" in sys.argv:
     sys.modules["torch_scatter"] = None  # makes the import fail
 import torch, torch_geometric.typing
+from torch_geometric.data import Batch
+
+from gkd.graphs.dense import from_padded
 from gkd.graphs.message import RelationalConv
+from gkd.graphs.spectral import Spectrum
 from gkd.graphs.testing import fixture_graphs
 assert "--without" not in sys.argv or not torch_geometric.typing.WITH_TORCH_SCATTER
 numbers = []

@@ -39,7 +39,7 @@ class TestMaps:
         # One channel [[0, 1], [2, 3]] on a 1 x 2 grid: the means of its columns, (0 + 2) / 2 and (1 + 3) / 2.
         assert ChannelNodes(grid=(1, 2))(torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])).x.tolist() == [[[1.0, 2.0]]]
 
-    @pytest.mark.parametrize("size", [(6, 6), (7, 5), (2, 3)])
+    @pytest.mark.parametrize("size", [(6, 6), (7, 5), (4, 4)])
     def test_grid_makes_maps_of_all_sizes_comparable(self, size):
         features = torch.rand(2, 3, *size)
         expected = F.adaptive_avg_pool2d(features, 4).flatten(2)
@@ -116,10 +116,20 @@ class TestMaps:
         assert ChannelNodes()(torch.full((1, 2, 8, 8), 3e38)).x.shape == (1, 2, 64)  # their sum is not
 
     def test_bad_options(self):
-        with pytest.raises(ValueError, match=r"Expected a positive size or \(height, width\) \(got 0\)"):
+        with pytest.raises(ValueError, match=r"Expected the height of a grid to be a positive integer \(got 0\)"):
             ChannelNodes(grid=0)
-        with pytest.raises(ValueError, match=r"Expected a positive size or \(height, width\) \(got \(2, 0\)\)"):
+        with pytest.raises(ValueError, match=r"Expected the width of a grid to be a positive integer \(got 0\)"):
             InstanceNodes(grid=(2, 0))
+        for grid in (2.0, "4", True, (2.5, 2), (2, 2, 2)):
+            with pytest.raises(ValueError, match=r"Expected the .*grid to be .*\(got"):
+                PatchNodes(grid=grid)
+        with pytest.raises(ValueError, match=r"Expected center to be True or False \(got 'False'\)"):
+            ChannelNodes(center="False")
+
+    def test_a_grid_larger_than_the_map(self):
+        for nodes in (ChannelNodes(grid=4), PatchNodes(grid=(2, 4)), InstanceNodes(grid=(2, 4))):
+            with pytest.raises(ValueError, match=r"Expected a grid no larger than the map, \[2, 3\] \(got \[., 4\]\): take a smaller grid"):
+                nodes(torch.rand(2, 3, 2, 3))
 
 
 class TestRegions:

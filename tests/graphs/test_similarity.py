@@ -3,8 +3,12 @@ import math
 import pytest
 import torch
 
+from gkd.graphs import AttentionEdges, CompleteEdges, KNNEdges, Nodes, RadiusEdges, RandomEdges
 from gkd.graphs.similarity import CosineSimilarity, EuclideanSimilarity, squared_distances, unit_rows
 from tests.graphs.edge_rules import rows
+
+# Edges whose weights do not change with the unit of the features.
+SCALE_FREE = (KNNEdges(2), KNNEdges(2, "euclidean"), CompleteEdges(), CompleteEdges(nonnegative=True), RandomEdges(2, metric="euclidean"))
 
 
 class TestSimilarity:
@@ -28,6 +32,30 @@ class TestSimilarity:
         x = torch.cat((x, torch.rand(1, 9, 300)), dim=1)
         assert squared_distances(x, x)[:, :9, :9].max() == 0
         assert squared_distances(x, x).diagonal(dim1=1, dim2=2).max() == 0
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-14, 1e14, 1e18, 1e30])
+    @pytest.mark.parametrize(
+        "rule", [*SCALE_FREE, RadiusEdges(9.0, "euclidean"), KNNEdges(2, "euclidean", sigma=3.0), AttentionEdges(k=2)], ids=repr
+    )
+    def test_any_unit_of_the_features(self, rule, scale):
+        x = rows(2, 6, 4, torch.float32)
+        scaled = (scale * x).requires_grad_()
+        edges = rule(Nodes(scaled))
+        given = rule(Nodes(scaled), rule(Nodes(x)).edge_index)
+        if rule in SCALE_FREE:
+            expected = rule(Nodes(x))
+            assert torch.equal(edges.edge_index, expected.edge_index)
+            torch.testing.assert_close(edges.edge_weight, expected.edge_weight)
+            torch.testing.assert_close(given.edge_weight, expected.edge_weight)
+        for weight in (edges.edge_weight, given.edge_weight):
+            assert weight.isfinite().all()
+            assert torch.autograd.grad(weight.sum(), scaled, retain_graph=True)[0].isfinite().all()
+
+    def test_bandwidth_and_radius_have_the_unit_of_the_features(self):
+        x = rows(2, 6, 4, torch.float64)
+        for scale in (1e-8, 1e8):
+            for rule in (lambda s: KNNEdges(2, "euclidean", sigma=s), lambda s: RadiusEdges(2 * s, sigma=s)):
+                torch.testing.assert_close(rule(scale)(Nodes(scale * x)).edge_weight, rule(1.0)(Nodes(x)).edge_weight)
 
     @pytest.mark.parametrize("similarity", [CosineSimilarity(), EuclideanSimilarity()], ids=["cosine", "euclidean"])
     def test_edge_scores_are_entries_of_scores(self, similarity):

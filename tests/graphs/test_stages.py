@@ -202,7 +202,7 @@ def test_bad_arguments():
         StageGraph({})
     with pytest.raises(ValueError, match=r"method between\(targets, sources\), such as AttentionEdges or KNNEdges \(got RadiusEdges\)"):
         three_stages(RadiusEdges(1.0))
-    with pytest.raises(ValueError, match=r"Expected pairs 'adjacent' or 'all' \(got 'some'\)"):
+    with pytest.raises(ValueError, match=r"Expected pairs to be 'adjacent' or 'all' \(got 'some'\)"):
         three_stages(pairs="some")
     with pytest.raises(ValueError, match=r"Expected projections for the stages .* \(got \['layer2'\]\)"):
         three_stages(projections={"layer2": torch.nn.Identity()})

@@ -70,4 +70,4 @@ def test_the_command_works_away_from_the_checkout(installed, tmp_path):
     assert "train" in done.stdout
     done = gkd(installed, tmp_path, "train", "--gin", "gin/quickstart_classificatoin.gin")
     assert done.returncode == 2
-    assert "Did you mean gin/quickstart_classification.gin?" in done.stderr
+    assert "Did you mean gin/quickstart_classification.gin" in done.stderr

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gkd.config import Config, configure
-from gkd.engine import RunFolder
-from gkd.tasks import Task
-from gkd.viz import write_report
+from gkd.errors import UserError
+
+if TYPE_CHECKING:
+    from gkd.config import Config
+    from gkd.tasks import Task
+    from gkd.tasks.made import AbsentWeightsError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Trains or evaluates, as the options say."""
-    config, task = build_task(arguments)
+def run(arguments: argparse.Namespace, making: Sequence[str] = ()) -> None:
+    """Trains or evaluates, as the options say.
+
+    Args:
+        arguments: The options.
+        making: Weights that wait for this training.
+    """
+    from gkd.engine import RunFolder
+    from gkd.tasks.made import AbsentWeightsError
+    from gkd.viz import write_report
+
+    try:
+        config, task = build_task(arguments)
+    except UserError as error:
+        if arguments.eval_only or not isinstance(error.__cause__, AbsentWeightsError):
+            raise
+        make_weights(error.__cause__, arguments.device, making)
+        config, task = build_task(arguments)
     fabric = task.trainer.fabric
-    folder = RunFolder(arguments.output or Path("runs") / Path(arguments.gin[-1]).stem)
+    folder = RunFolder((arguments.output or Path("runs") / Path(arguments.gin[-1]).stem).expanduser())
     if arguments.eval_only:
         fabric.print(f"Evaluating {task.load(folder)}")
         fabric.print(json.dumps(task.evaluate()))
@@ -51,6 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def build_task(arguments: argparse.Namespace) -> tuple[Config, Task]:
     """Reads the gin files and builds the task that they configure; --seed and --device are bindings like any other."""
+    from gkd.config import configure
+    from gkd.tasks import Task
+
     config = configure(arguments.gin, arguments.set)
     root = config.root(Task)
     overrides = list(arguments.set)
@@ -60,3 +82,18 @@ def build_task(arguments: argparse.Namespace) -> tuple[Config, Task]:
         overrides.append(f"Trainer.device = {arguments.device!r}")
     config = configure(arguments.gin, overrides)
     return config, config.build(root)
+
+
+def make_weights(absent: AbsentWeightsError, device: str | None, making: Sequence[str]) -> None:
+    """Trains the recipe of absent weights into their folder, or goes on with a training that was interrupted there."""
+    if absent.weights in making:
+        raise UserError(f"Expected {absent.recipe} to need no weights that it makes itself (got {absent.weights}). Remove its own recipe.")
+    folder = Path(absent.weights).parent
+    print(f"Training {absent.recipe} first, which makes {absent.weights}", flush=True)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = ["--gin", absent.recipe, "--output", str(folder), "--resume", *([] if device is None else ["--device", device])]
+    run(parser.parse_args(options), [*making, absent.weights])
+    if not Path(absent.weights).is_file():
+        written = ", ".join(sorted(path.name for path in folder.iterdir()))
+        raise UserError(f"Expected {absent.recipe} to make {absent.weights} (got {written}). Correct the name of the weights.")

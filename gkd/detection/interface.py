@@ -93,6 +93,7 @@ class DetectorNetwork:
         num_classes: Classes of the weights, without a background, where these are not the data's and the file does not say.
         options: Further arguments of the library: keyword arguments of torchvision's constructor, or ``'KEY.NAME': value`` of Detectron2's
             configuration. A dictionary of dictionaries by back end is taken apart as above.
+        recipe: Gin file of a training that makes the weights, where the file is absent; `gkd train` runs it first.
     """
 
     architecture: str | None = None
@@ -102,6 +103,7 @@ class DetectorNetwork:
     config: str | None = None
     num_classes: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
 
     def setting(self, name: Literal["weights", "backbone_weights", "options"], backend: str) -> Any:
         """One of the settings that may be given for each back end apart.

@@ -17,6 +17,7 @@ from gkd.errors import UserError
 from gkd.models import class_order
 from gkd.tasks.accuracy import ClassifierEvaluator
 from gkd.tasks.export import export_onnx, export_program
+from gkd.tasks.made import check_weights
 from gkd.tasks.network import Network
 from gkd.tasks.task import Task
 
@@ -67,6 +68,8 @@ class Classification(Task):
     ) -> None:
         super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         self.network, self.name, self.initial_weights, self.mix = student, student.name, student.weights, mix
+        for network in (student, *([] if teacher is None else [teacher])):
+            check_weights(network.weights, network.recipe)
         built = student.build(self.data)
         self.student, self._new_layers = built.model, built.new_layers
         self.teacher, difference = (None, "") if teacher is None else teacher.build_teacher(self.data)

@@ -15,6 +15,7 @@ from gkd.engine import RunFolder, Trainer
 from gkd.engine.folder import package_versions
 from gkd.errors import UserError
 from gkd.models import Teacher
+from gkd.tasks.made import check_weights
 from gkd.tasks.precision import evaluate_detector
 from gkd.tasks.task import Task
 
@@ -59,6 +60,8 @@ class Detection(Task):
         if note is not None:
             self.trainer.fabric.print(note)
         self.initial_weights = student.setting("weights", self.backend.name)
+        for network in (student, *([] if teacher is None else [teacher])):
+            check_weights(network.setting("weights", self.backend.name), network.recipe)
         self.detector = self.backend.build_student(student, self.data)
         self._check_data()
         described = self.detector.describe()

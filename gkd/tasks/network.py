@@ -33,6 +33,7 @@ class Network:
         reverse_channels: A teacher that was trained with BGR images.
         input_size: Height and width of the images that a teacher was trained with, to which the student's are resized. None: as the mean.
         classes: Names of the classes in the order of the logits. None: what the safetensors file says, or else the data's.
+        recipe: Gin file of a training that makes the weights, where the file is absent; `gkd train` runs it first.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Network:
     reverse_channels: bool = False
     input_size: int | Sequence[int] | None = None
     classes: Sequence[str] | None = None
+    recipe: str | None = None
 
     def build(self, data: Any) -> Classifier:
         """The network with its weights, its logits in the order of the data's classes.

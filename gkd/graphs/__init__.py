@@ -1,5 +1,12 @@
 """Feature maps become graphs, spectra and messages. Stands alone: needs torch and torch_geometric only."""
 
+import warnings
+
+with warnings.catch_warnings():
+    # While it is imported, torch_geometric compiles two classes by what torch deprecates; nobody who imports gkd can change that.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
+    import torch_geometric.nn  # noqa: F401
+
 from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder, prune
 from gkd.graphs.dense import from_dense, from_padded, to_dense, to_padded

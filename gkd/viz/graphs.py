@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from gkd.graphs.dense import to_dense
 from gkd.graphs.laplacian import laplacian
@@ -16,6 +15,7 @@ from gkd.graphs.spectral import Spectrum, eigenmaps
 from gkd.viz.style import INK, LINE, MUTED, STUDENT, TEACHER, bare, grid_of, styled, whole_ticks
 
 if TYPE_CHECKING:
+    from torch_geometric.data import Data
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -140,6 +140,8 @@ def draw_spectra(student_graph: Data, teacher_graph: Data, number: int = 3, num_
 
 def _split(graph: Data, number: int) -> list[Data]:
     """The first graphs of a batch, without edges of weight 0."""
+    from torch_geometric.data import Data
+
     count = getattr(graph, "num_graphs", 1)
     singles = [graph.get_example(position) for position in range(min(count, number))] if hasattr(graph, "get_example") else [graph]
     pruned = []

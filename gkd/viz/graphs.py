@@ -15,9 +15,9 @@ from gkd.graphs.spectral import Spectrum, eigenmaps
 from gkd.viz.style import INK, LINE, MUTED, STUDENT, TEACHER, bare, grid_of, styled, whole_ticks
 
 if TYPE_CHECKING:
-    from torch_geometric.data import Data
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch_geometric.data import Data
 
 EDGES_PER_NODE, MAX_EDGES = 6, 800  # of a dense graph the strongest edges are drawn: more strokes are a grey cloud
 TIE = 0.05  # strength, beside the graph's mean degree, of what holds components together in a drawing

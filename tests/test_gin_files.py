@@ -17,7 +17,12 @@ METHODS = sorted(path for path in FOLDER.glob("methods/*.gin") if path.stem not 
 PAIR = "gin/quickstart_classification.gin"
 
 # The made-up images have the size and the classes of the real ones, so that the networks are those of the file.
-IMAGES = {"CIFAR100": (100, (3, 32, 32)), "ImageNet": (1000, (3, 64, 64)), "Digits": (10, (3, 16, 16))}
+IMAGES = {
+    "CIFAR100": (100, (3, 32, 32)),
+    "ImageNet": (1000, (3, 64, 64)),
+    "ImageFolder": (10, (3, 224, 224)),
+    "Digits": (10, (3, 16, 16)),
+}
 
 
 def names(files) -> list[str]:
@@ -119,9 +124,12 @@ def test_every_pair_has_the_places_that_methods_look_at(file):
     assert {"last", "pool"} <= taps.keys()
     for place, network in enumerate((bound["STUDENT"], bound["TEACHER"])):
         options = bound.get(f"{('student', 'teacher')[place]}/Network.options") or {}
+        size = 224 if network.startswith(("timm:vit", "timm:swin")) and not options else 32
+        if network.startswith("timm:"):
+            pytest.importorskip("timm")
         with torch.device("meta"):
             model = build_classifier(network, num_classes=10, **options)
-        shapes = FeatureTaps(model, [paths[place] for paths in taps.values()]).shapes((3, 32, 32))
+        shapes = FeatureTaps(model, [paths[place] for paths in taps.values()]).shapes((3, size, size))
         assert list(shapes[taps["pool"][place]][2:]) in ([], [1, 1])
 
 

@@ -40,6 +40,7 @@ Classification.student = @student/Network()
 student/Network.name = 'resnet8'
 Classification.trainer = @Trainer()
 Trainer.loggers = ()
+Trainer.check_teacher = False
 Trainer.device = 'cpu'
 """
 ABLATION = """

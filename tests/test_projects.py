@@ -24,6 +24,7 @@ student/Network.name = 'resnet8'
 Classification.trainer = @Trainer()
 Trainer.epochs = 2
 Trainer.loggers = ()
+Trainer.check_teacher = False
 Trainer.log_every = 1
 """
 

@@ -60,6 +60,7 @@ class Settings:
         ema: Average of the weights that is evaluated and exported in their place.
         early_stopping: When to end before the last step.
         dry_pass: Try every term and every evaluation on one batch before the first step, and evaluate the teacher.
+        check_teacher: Refuse, in that pass, a teacher that is no better than guessing.
         find_unused_parameters: For several processes: look in every step for parameters that the losses do not reach. The distiller
             leaves none.
     """
@@ -85,6 +86,7 @@ class Settings:
         ema: EMA | None = None,
         early_stopping: EarlyStopping | None = None,
         dry_pass: bool = True,
+        check_teacher: bool = True,
         find_unused_parameters: bool = False,
     ) -> None:
         if precision not in get_args(Precision):
@@ -96,7 +98,12 @@ class Settings:
         check_integer("log_every", log_every, least=1)
         for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every), ("max_steps", max_steps)):
             check_integer(name, count, least=1, optional=True)
-        flags = {"channels_last": channels_last, "dry_pass": dry_pass, "find_unused_parameters": find_unused_parameters}
+        flags = {
+            "channels_last": channels_last,
+            "dry_pass": dry_pass,
+            "check_teacher": check_teacher,
+            "find_unused_parameters": find_unused_parameters,
+        }
         for name, flag in flags.items():
             check_flag(name, flag)
         for name, members in (("loggers", loggers or ()), ("callbacks", callbacks)):
@@ -113,7 +120,7 @@ class Settings:
         self.checkpoint_every, self.max_steps = checkpoint_every, max_steps
         self.loggers = (TensorBoardLogger(),) if loggers is None else tuple(loggers)
         self.callbacks, self.ema, self.early_stopping = tuple(callbacks), ema, early_stopping
-        self.dry_pass, self.find_unused_parameters = dry_pass, find_unused_parameters
+        self.dry_pass, self.check_teacher, self.find_unused_parameters = dry_pass, check_teacher, find_unused_parameters
         self._accelerator, self._index = resolve_device(device)
         self.autocast = None if precision == "32-true" else Autocast(precision, self._accelerator)
 

@@ -42,6 +42,8 @@ class TrainingState:
         self.model, self.optimizer, self.scaler, self.average = model, optimizer, scaler, average
         self.steps_per_epoch, self.device = steps_per_epoch, device
         self.position, self.window = Position(), Window(device)
+        self._unset: frozenset[str] = frozenset()
+        self._unset = frozenset(self.non_finite())
 
     def of_process(self) -> dict[str, Any]:
         """What each process has of its own."""
@@ -99,10 +101,13 @@ class TrainingState:
         return state
 
     def non_finite(self) -> list[str]:
-        """Names of the weights, buffers and moments with a NaN or an infinity; waits for the device."""
+        """Names of the weights, buffers and moments that got a NaN or an infinity; waits for the device.
+
+        What has one before the first step means it: a constant that a term takes from its first batch, say.
+        """
         names, flags = [], []
         for name, tensor in self._tensors():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and name not in self._unset:
                 names.append(name)
                 flags.append(tensor.isfinite().all().to(self.device))
         fine = torch.stack(flags).tolist() if flags else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,22 @@ class Classification(Task):
         """This process's training batches of an epoch from step `start` on, mixed if asked."""
         batches = super().train_batches(epoch, start)
         return batches if self.mix is None else self.mix.batches(batches, self.data.num_classes, seed=self.seed, epoch=epoch, start=start)
+
+    @property
+    def chance(self) -> float:  # type: ignore[override]
+        """Two standard deviations above the share that is right by chance, in percent."""
+        share = 1.0 / self.data.num_classes
+        return 100.0 * (share + 2.0 * math.sqrt(share * (1.0 - share) / self.data.num_samples("test")))
+
+    def judge(self, network: str, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any] | None:
+        """Record of an evaluation over the batches given; None for a teacher of other classes."""
+        judged = self.student if network == "student" else self._judge
+        if judged is None:
+            return None
+        evaluator = ClassifierEvaluator(
+            judged, batches, self.data.num_classes, self.trainer.device, split=split, channels_last=self.trainer.channels_last
+        )
+        return dict(evaluator())
 
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is."""

@@ -95,10 +95,22 @@ class Detection(Task):
         """Batches of a split with images as they are stored: in inference the library itself resizes them."""
         return self.batches(split, self.share(self.eval_batch_size), resized=False)
 
+    def judge(self, network: str, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
+        """Record of an evaluation over the batches given: average precisions in percent."""
+        evaluate = self.backend.evaluate or evaluate_detector
+        return evaluate(self._detectors[network], self.data, split, batches)
+
+    def predict(self, network: str, images: Any) -> Any:
+        """What a detector finds in images."""
+        return self._detectors[network].detect(images)
+
     def evaluate(self, split: str = "test") -> dict[str, Any]:
         """Record of one evaluation of the student as it is: average precisions in percent."""
-        judge = self.backend.evaluate or evaluate_detector
-        return judge(self.detector, self.data, split, partial(self.eval_batches, split))
+        return self.judge("student", split, partial(self.eval_batches, split))
+
+    @property
+    def _detectors(self) -> dict[str, Any]:
+        return {"student": self.detector, "teacher": self.teacher_detector}
 
     def description_of_student(self) -> dict[str, Any]:
         """How the detector is built and set up for inference, and its classes."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,20 +165,25 @@ class Segmentation(Task):
         )
         self.place()
 
-    @torch.no_grad()
     def evaluate(self, split: str = "test") -> dict[str, Any]:
-        """Record of one evaluation, in percent: mIoU over the classes that occur, share of right pixels, and ``IoU/CLASS``.
+        """Record of one evaluation of the student as it is, see :meth:`judge`."""
+        return self.judge("student", split, partial(self.eval_batches, split))
 
-        A class that neither the masks nor the student has is None.
+    @torch.no_grad()
+    def judge(self, network: str, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any]:
+        """Record of an evaluation, in percent: mIoU over the classes that occur, share of right pixels, and ``IoU/CLASS``.
+
+        A class that neither the masks nor the network has is None.
         """
+        judged: nn.Module = getattr(self, network)
         if torch.distributed.is_initialized():
-            for buffer in self.student.buffers():
+            for buffer in judged.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         counts = MulticlassConfusionMatrix(self.data.num_classes, ignore_index=self.data.ignore_index, validate_args=False)
         counts = counts.to(self.trainer.device)
-        with evaluating(self.student):
-            for images, targets, _ in self.eval_batches(split):
-                counts.update(_predicted(self.student, images), targets)
+        with evaluating(judged):
+            for images, targets, _ in batches():
+                counts.update(_predicted(judged, images), targets)
         matrix = counts.compute().double()
         right, union = matrix.diag(), matrix.sum(0) + matrix.sum(1) - matrix.diag()
         occurs = union > 0

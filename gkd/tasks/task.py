@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from gkd.engine.average import load_average
 from gkd.engine.checkpoint import load_checkpoint, seed_everything
 from gkd.engine.folder import count_parameters, describe_machine, peak_memory, save_student
 from gkd.errors import UserError
+from gkd.tasks.cost import measure_cost
+from gkd.tasks.dry_pass import dry_pass
 
 
 class Task(ABC):
@@ -41,6 +44,7 @@ class Task(ABC):
         name: The student in words, for results and report.
         initial_weights: File or name of the weights that the student started from.
         score: Number of an evaluation whose highest value makes the best checkpoint.
+        chance: Score that guessing reaches: a teacher has to be better.
         steps_per_epoch: Batches in an epoch.
 
     Raises:
@@ -53,6 +57,7 @@ class Task(ABC):
     name: str
     initial_weights: str | None
     score: str
+    chance: float = 0.0
 
     def __init__(self, data: Any, trainer: Trainer, batch_size: int, eval_batch_size: int, seed: int) -> None:
         self.data, self.trainer, self.seed = data, trainer, seed
@@ -66,6 +71,7 @@ class Task(ABC):
         self.steps_per_epoch = data.num_batches("train", self.share(batch_size), world_size=fabric.world_size)
         if self.steps_per_epoch < 1:
             raise UserError(f"Expected at least one batch of {batch_size} training images (got {data.num_samples('train')} images)")
+        self._teacher_record: dict[str, Any] | None = None
         seed_everything(seed)  # what the subclass draws for its networks
 
     # ---------------------------------------------------------------- what a subclass says
@@ -77,6 +83,20 @@ class Task(ABC):
     @abstractmethod
     def description_of_student(self) -> dict[str, Any]:
         """What student.safetensors says of the student, so that it can be built and used again."""
+
+    def judge(self, network: str, split: str, batches: Callable[[], Iterator[tuple]]) -> dict[str, Any] | None:
+        """Record of an evaluation over the batches given; None where the task cannot judge this network.
+
+        Args:
+            network: ``'student'`` or ``'teacher'``.
+            split: Name of the split, for the record.
+            batches: Gives this process's batches.
+        """
+        return None
+
+    def predict(self, network: str, images: Any) -> Any:
+        """What the ``'student'`` or the ``'teacher'`` says of images, as it is used after the training."""
+        return getattr(self, network)(images)
 
     def metrics(self, batch: tuple) -> Mapping[str, Tensor]:
         """Scalars of the batch just seen, to be logged beside the losses."""
@@ -148,23 +168,31 @@ class Task(ABC):
         Returns:
             The results, or None where `max_steps` ended the training before its end.
         """
-        fabric = self.trainer.fabric
-        if fabric.is_global_zero:
+        is_first = self.trainer.fabric.is_global_zero
+        if is_first:
             changed = folder.changed_bindings(config) if resume else []
             if changed:
                 self.trainer.say("Resuming with other bindings than the run had: " + "; ".join(changed))
+        if self.trainer.dry_pass:
+            dry_pass(self)
         summary = self.trainer.fit(self, folder, resume, config)
         if not summary.finished:
             self.trainer.say(
                 f"Stopped after step {summary.step} as Trainer.max_steps asks. Go on with --resume and a larger Trainer.max_steps."
             )
             return None
-        paths = self.save(folder) if fabric.is_global_zero else []  # first: nothing that fails from here on can take the student away
+        paths = self.save(folder) if is_first else []  # first: nothing that fails from here on can take the student away
         results = self.results(folder, summary)
-        if fabric.is_global_zero:
+        if is_first:
             folder.write_results(results)
             self.trainer.say(f"Wrote {', '.join(map(str, paths))} and {folder.results}")
         return results
+
+    def teacher_record(self) -> dict[str, Any] | None:
+        """Record of the teacher on the test images, evaluated once; None without a teacher that can be judged."""
+        if self._teacher_record is None and self.teacher is not None:
+            self._teacher_record = self.judge("teacher", "test", partial(self.eval_batches, "test"))
+        return self._teacher_record
 
     def load(self, folder: RunFolder) -> Path | str:
         """Takes the student of the folder's last checkpoint, or leaves it with the weights that it started from; returns which.
@@ -186,7 +214,8 @@ class Task(ABC):
         """What results.json holds; the test images are looked at once where others were held out for choices."""
         final, best = summary.last, summary.best
         memory = peak_memory(self.trainer.device)
-        if "test" not in self.splits:
+        further = {split: self.evaluate(split) for split in self.splits[1:]}
+        if self.splits[0] != "test":
             final = {**(summary.last or {}), **self.evaluate("test")}
             if best is not None:
                 latest = {name: tensor.clone() for name, tensor in self.distiller.state_dict().items()}
@@ -208,7 +237,9 @@ class Task(ABC):
             "seed": self.seed,
             "final": final,
             "best": best,
+            **({"further": further} if further else {}),
             "chosen_on": self.splits[0],
+            "teacher": self.teacher_record(),
             "steps": summary.step,
             "epochs": summary.step / self.steps_per_epoch,
             "seconds": summary.seconds,
@@ -220,7 +251,15 @@ class Task(ABC):
                 "teacher": 0 if self.teacher is None else count_parameters(self.teacher),
                 "distillation": count_parameters(self.distiller) - count_parameters(self.student),
             },
+            "cost": self._cost(),
             **machine,
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        images = next(iter(self.eval_batches("test")))[0][:1]
+        networks = {"student": self.student, "teacher": self.teacher}
+        return {
+            name: measure_cost(network, partial(self.predict, name), images) for name, network in networks.items() if network is not None
         }
 
     def _load_checkpoint(self, path: Path) -> None:

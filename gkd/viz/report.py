@@ -92,7 +92,7 @@ def read_run(path: Path | str, method: str, seed: int | None = None) -> Run:
 
 def _lead(results: Mapping[str, Any], config: str) -> str:
     student = results.get("student") or _bound(config, "student")
-    teacher = results.get("teacher") or (_bound(config, "teacher") if (results.get("parameters") or {}).get("teacher", 1) else None)
+    teacher = _bound(config, "teacher") if (results.get("parameters") or {}).get("teacher", 1) else None
     words = [f"{student}, taught by {teacher}" if student and teacher else str(student) if student else "A training"]
     if results.get("seed") is not None:
         words.append(f"seed {results['seed']}")
@@ -117,6 +117,10 @@ def _key_figures(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if value is not None:
             remark = f"best {at_best:.2f} at epoch {best.get('epoch', '?')}" if at_best is not None else split
             facts.append((TITLES.get(name, name), f"{value:.2f}", remark))
+    judged = results.get("teacher") or {}
+    for name in headline(judged)[:1]:
+        if finite(judged.get(name)) is not None:
+            facts.append((f"teacher's {TITLES.get(name, name)}", f"{judged[name]:.2f}", f"{judged.get('split', 'test')} images"))
     seconds, speed, memory = (finite(results.get(name)) for name in ("seconds", "images_per_second", "peak_memory"))
     if seconds is not None:
         facts.append(("training time", format_seconds(seconds), "" if speed is None else f"{speed:,.0f} images/s"))
@@ -141,12 +145,21 @@ def _details(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("best epoch chosen on", f"{results['chosen_on']} images" if "chosen_on" in results else None),
         ("parameters used in training alone", f"{parameters['distillation']:,}" if "distillation" in parameters else None),
+        *((f"the {network}, for one image", _cost(cost)) for network, cost in (results.get("cost") or {}).items()),
         ("processes", results.get("processes")),
         ("device", ", ".join(str(part) for part in (device.get("type"), device.get("name")) if part)),
         ("threads", device.get("threads")),
         ("versions", ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items())),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    flops, latency = finite(cost.get("flops")), finite(cost.get("latency_ms"))
+    words = [f"{cost['parameters']:,} parameters"]
+    words += [] if flops is None else [f"{flops / 1e9:.3g} GFLOP"]
+    words += [] if latency is None else [f"{latency:.3g} ms"]
+    return ", ".join(words)
 
 
 def _curves(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -95,6 +95,16 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     assert summary.finished
 
 
+def test_a_buffer_that_is_unset_before_the_first_step_may_be_so(tmp_path):
+    class Lazy(toy.Toy):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(torch.nan))
+
+    _, summary = toy.fit(tmp_path, make=Lazy)
+    assert summary.finished
+
+
 def test_a_moment_that_is_not_finite_replaces_no_checkpoint(tmp_path):
     class Overflowing(toy.Toy):
         def forward(self, inputs, targets, index):

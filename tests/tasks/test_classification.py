@@ -24,7 +24,9 @@ def data(**settings) -> RandomImages:
 
 
 def trainer(**settings) -> Trainer:
-    return Trainer(**{"epochs": 2, "device": "cpu", "loggers": (), "log_every": 2, "optimizer": SGD(lr=0.01), **settings})
+    return Trainer(
+        **{"epochs": 2, "device": "cpu", "loggers": (), "check_teacher": False, "log_every": 2, "optimizer": SGD(lr=0.01), **settings}
+    )
 
 
 def graph_distiller(**wired) -> Distiller:

@@ -34,6 +34,7 @@ DigitScenes.num_train = 6
 DigitScenes.num_test = 2
 Trainer.device = 'cpu'
 Trainer.loggers = ()
+Trainer.check_teacher = False
 """
 EVERY_TERM = ("REGION_VERTEX_WEIGHT = 1.0", "LEVEL_EDGE_WEIGHT = 1.0")
 DIGITS = SimpleNamespace(num_classes=10, classes=tuple("0123456789"), category_ids=range(1, 11), min_size=(64,), max_size=64)

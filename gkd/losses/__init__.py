@@ -3,7 +3,7 @@
 from gkd.losses.attention import channel_attention, feature_attention, node_attention, spatial_attention
 from gkd.losses.contrastive import CRDLoss, HKDLoss, crd_loss, info_nce_loss, sample_negatives
 from gkd.losses.detection import CWDLoss, DenseKDLoss, MGDLoss, PKDLoss, cwd_loss, dense_kd_loss, pkd_loss
-from gkd.losses.edges import EdgeLoss, adjacency_loss, edge_loss
+from gkd.losses.edges import EdgeLoss, adjacency_loss, edge_loss, factor_loss
 from gkd.losses.encodings import EncodingLoss, encoding_loss
 from gkd.losses.features import (
     ATLoss,
@@ -101,6 +101,7 @@ __all__ = [
     "dkd_loss",
     "edge_loss",
     "encoding_loss",
+    "factor_loss",
     "feature_attention",
     "fgd_focal_loss",
     "fitnet_loss",

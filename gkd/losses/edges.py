@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from gkd.graphs.dense import from_padded, padded_edges, scatter_edges, to_padded
+from gkd.graphs.dense import from_padded, padded_edges, scatter_edges
+from gkd.graphs.lowrank import LowRank
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.attention import check_temperature, guides, node_attention
 from gkd.losses.matching import check_matched, mean_over_graphs
 
-__all__ = ["EdgeLoss", "adjacency_loss", "edge_loss"]
+__all__ = ["EdgeLoss", "adjacency_loss", "edge_loss", "factor_loss"]
 
 DISTANCES = ("mse", "smooth_l1", "kl")
 Distance = Literal["mse", "smooth_l1", "kl"]
@@ -138,11 +139,41 @@ def adjacency_loss(
     return mean_over_graphs(at_node.sum(dim=1) / exists.any(dim=1).sum(dim=1).clamp(min=1), mask)
 
 
+def factor_loss(student: LowRank, teacher: LowRank, mask: Tensor, node_weight: Tensor | None = None) -> Tensor:
+    r"""Compares the adjacencies of complete graphs by their factors, see :meth:`gkd.graphs.LowRank.squared_distance`.
+
+    .. math:: \frac{1}{B} \sum_b \frac{1}{|E_b|} \sum_{ij \in E_b} w_i w_j (f^s_i \cdot f^s_j - f^t_i \cdot f^t_j)^2
+
+    with all pairs of nodes that are not isolated in the teacher's graph as edges :math:`E_b`.
+
+    Args:
+        student: The student's graphs.
+        teacher: The teacher's; get no gradient.
+        mask: Which nodes exist.
+        node_weight: w, best of mean 1; None for ones.
+
+    Shapes:
+        - **mask**, **node_weight** [B, n]; **output** scalar
+
+    Raises:
+        ValueError: If the graphs do not match.
+    """
+    teacher_factor = teacher.factor.detach()
+    joined = (teacher_factor != 0).any(dim=2)
+    scale = joined.to(teacher_factor.dtype) if node_weight is None else joined * node_weight.sqrt()
+    weighted = [LowRank(factor * scale.unsqueeze(2), student.self_loops) for factor in (student.factor, teacher_factor)]
+    count = joined.sum(dim=1)
+    pairs = count.square() if student.self_loops else count * (count - 1)
+    return mean_over_graphs(weighted[0].squared_distance(weighted[1]) / pairs.clamp(min=1), mask)
+
+
 class EdgeLoss(nn.Module):
     """Compares how strongly matched nodes are related.
 
     Graphs that share their edges, as :class:`~gkd.losses.GraphLoss` builds them, are compared edge by edge (:func:`edge_loss`), others
-    by their dense adjacencies (:func:`adjacency_loss`). For a complete graph of instances, ``distance='kl'`` compares whom every image
+    by their dense adjacencies (:func:`adjacency_loss`). Complete graphs that are known by their factors
+    (:class:`~gkd.graphs.LowRank`) are compared by these: 'mse' is then the mean over all pairs of nodes that have edges in the teacher's
+    graph, and no adjacency is written down. For a complete graph of instances, ``distance='kl'`` compares whom every image
     attends to. Its logits are the weights; those of cosines that :class:`~gkd.losses.GraphLoss` built are taken before they are clipped at
     0, see :attr:`gkd.graphs.Spectrum.signed_weight`.
 
@@ -178,8 +209,11 @@ class EdgeLoss(nn.Module):
         mask, node_weight = teacher.mask, None
         with full_precision(teacher.mask):
             if guides(self.guidance):
-                node_weight = node_attention(to_padded(teacher.graph.x, teacher.graph), self.guidance, mask)
-            if student.graph.edge_index is not teacher.graph.edge_index:
+                node_weight = node_attention(teacher.x, self.guidance, mask)
+            factored = student.lowrank is not None and teacher.lowrank is not None
+            if factored and self.distance == "mse" and student.lowrank.self_loops == teacher.lowrank.self_loops:
+                return factor_loss(student.lowrank, teacher.lowrank, mask, node_weight)
+            if factored or student.graph.edge_index is not teacher.graph.edge_index:
                 student_A, teacher_A = self._adjacency(student), self._adjacency(teacher)
                 return adjacency_loss(student_A, teacher_A, mask, self.distance, self.temperature, node_weight)
             student_weight, teacher_weight = self._weights(student), self._weights(teacher)
@@ -195,7 +229,7 @@ class EdgeLoss(nn.Module):
         return torch.ones(spectrum.graph.edge_index.size(1), device=spectrum.mask.device) if weight is None else weight
 
     def _adjacency(self, spectrum: Spectrum) -> Tensor:
-        if self.distance != "kl":
+        if self.distance != "kl" or spectrum.lowrank is not None:  # of which no cosine is negative
             return spectrum.adjacency
         return scatter_edges(padded_edges(spectrum.graph)[0], as_float(spectrum.signed_weight), *spectrum.mask.shape)
 

@@ -165,23 +165,26 @@ class GraphLoss(nn.Module):
             if any(features.numel() == 0 for features in maps):
                 return dict.fromkeys(active, sum(0 * features.float().sum() for features in maps))
             try:
-                student_graph, teacher_graph = self.graphs(student, teacher, *node_args)
-                views = Spectrum(student_graph, edges=_edges(self.builder)), Spectrum(teacher_graph, edges=_edges(self._teacher_builder))
+                views = self.views(student, teacher, *node_args)
                 return {name: term(*views) for name, term in active.items()}
             except ValueError as error:
                 return dict.fromkeys(active, nan_if_diverged(error, *maps))
 
     def graphs(self, student: Features, teacher: Features, *node_args: Any) -> tuple[Batch, Batch]:
         """Builds the two graphs that the terms compare."""
+        student_view, teacher_view = self.views(student, teacher, *node_args)
+        return student_view.graph, teacher_view.graph
+
+    def views(self, student: Features, teacher: Features, *node_args: Any) -> tuple[Spectrum, Spectrum]:
+        """Builds what the terms are given: graphs whose adjacency, spectrum and so on are computed once, when a term asks for them."""
         if self.topology != "each" and self._has_nodes(ChannelNodes):
             _check_channels(student, teacher)
-        student_graph = self.builder(student, *node_args, static=True) if self.topology != "teacher" else None
+        student_view = _view(self.builder, student, node_args) if self.topology != "teacher" else None
         with torch.no_grad():
-            topology = student_graph if self.topology == "student" else None
-            teacher_graph = self._teacher_builder(teacher, *node_args, topology=topology, static=True)
-        if student_graph is None:
-            student_graph = self.builder(student, *node_args, topology=teacher_graph, static=True)
-        return student_graph, teacher_graph
+            teacher_view = _view(self._teacher_builder, teacher, node_args, student_view if self.topology == "student" else None)
+        if student_view is None:
+            student_view = _view(self.builder, student, node_args, teacher_view)
+        return student_view, teacher_view
 
     @property
     def _teacher_builder(self) -> GraphBuilder | StageGraph:
@@ -196,8 +199,10 @@ class GraphLoss(nn.Module):
         return f"topology={self.topology!r}"
 
 
-def _edges(builder: GraphBuilder | StageGraph) -> nn.Module | None:
-    return builder.edges if isinstance(builder, GraphBuilder) else None
+def _view(builder: GraphBuilder | StageGraph, features: Features, node_args: Sequence[Any], topology: Spectrum | None = None) -> Spectrum:
+    if isinstance(builder, GraphBuilder):
+        return builder.view(features, *node_args, topology=topology)
+    return Spectrum(builder(features, *node_args, topology=None if topology is None else topology.graph, static=True))
 
 
 def _check_channels(student: Features, teacher: Features) -> None:

@@ -2,9 +2,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gkd.graphs.dense import to_padded
-from gkd.graphs.spectral import Spectrum
-
 
 def mean_over_graphs(values: Tensor, mask: Tensor) -> Tensor:
     """Averages one value per graph over the graphs that have a node; 0, with a gradient of 0, where there is none.
@@ -44,15 +41,3 @@ def check_matched(student: Tensor, teacher: Tensor) -> None:
             f"Expected as many graphs and nodes in the student as in the teacher, node i being node i (got student {list(student.shape)}, "
             f"teacher {list(teacher.shape)}): send the student's map through a ChannelAdapter, or compare without matched nodes"
         )
-
-
-def cheap_factor(spectrum: Spectrum) -> Tensor | None:
-    """Returns F of an adjacency :math:`A = F F^T` where products with F are cheaper than with A, and None elsewhere.
-
-    Shapes:
-        - **output** [B, n, r] with r < n
-    """
-    factor = spectrum.graph.get("factor")
-    if factor is None or factor.size(1) >= spectrum.mask.size(1):
-        return None
-    return to_padded(factor, spectrum.graph)

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.eigen import rounding
-from gkd.graphs.laplacian import connected, inverse_sqrt
 from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
-from gkd.losses.matching import cheap_factor, check_matched, mean_over_graphs, mean_over_nodes
+from gkd.losses.matching import check_matched, mean_over_graphs, mean_over_nodes
 
 __all__ = ["SpectralLoss", "heat_loss", "projector_loss", "residual_loss", "spectrum_loss"]
 
@@ -28,7 +27,7 @@ def residual_loss(student: Batch | Spectrum, teacher: Batch | Spectrum, num_eig:
 
     Zero if and only if the q pairs are eigenpairs of the student too. Unchanged by signs, and by any rotation inside a repeated
     eigenvalue that the q pairs hold as a whole; equivariant to a permutation of the nodes of both. Between 0 and 4 for normalised
-    Laplacians, whatever B, n and q. A student graph with a node attribute ``factor`` is not made dense.
+    Laplacians, whatever B, n and q. A student graph that is known by a factor is not made dense.
 
     Args:
         student: The student's graphs.
@@ -50,7 +49,7 @@ def residual_loss(student: Batch | Spectrum, teacher: Batch | Spectrum, num_eig:
     check_matched(student.mask, teacher.mask)
     eigval, eigvec = (value.detach() for value in teacher.eigenmaps(num_eig, drop_trivial=drop_trivial))
     with full_precision(eigvec):
-        residual = _apply_laplacian(student, eigvec) - eigvec * eigval.unsqueeze(1)
+        residual = student.laplacian_product(eigvec) - eigvec * eigval.unsqueeze(1)
     count = eigvec.square().sum(dim=(1, 2)).round().clamp(min=1)  # pairs that a graph lacks are zero vectors
     return mean_over_graphs(residual.square().sum(dim=(1, 2)) / count, student.mask)
 
@@ -154,9 +153,10 @@ def heat_loss(
     if kernel == "trace":
         return _trace_distance(student, teacher, times)
     check_matched(student.mask, teacher.mask)
-    difference = student.heat_kernel(times) - teacher.heat_kernel(times).detach()
     if kernel == "signature":
-        difference = difference.diagonal(dim1=2, dim2=3).unsqueeze(-1)
+        difference = student.heat_diagonal(times) - teacher.heat_diagonal(times).detach()
+        return mean_over_nodes(difference.square().mean(dim=-1), student.mask)
+    difference = student.heat_kernel(times) - teacher.heat_kernel(times).detach()
     return mean_over_nodes(difference.square().sum(dim=-1).mean(dim=1), student.mask)
 
 
@@ -263,15 +263,6 @@ class SpectralLoss(nn.Module):
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
         return f"form={self.form!r}, num_eig={self.num_eig}"
-
-
-def _apply_laplacian(spectrum: Spectrum, vectors: Tensor) -> Tensor:
-    factor = cheap_factor(spectrum) if spectrum.normalization == "sym" else None
-    if factor is None:
-        return spectrum.laplacian @ vectors
-    degree = (factor * factor.sum(dim=1, keepdim=True)).sum(dim=-1)  # of A = F F^T, so that L = I - G G^T with G = D^(-1/2) F
-    rows = factor * inverse_sqrt(degree).unsqueeze(-1)
-    return connected(degree).unsqueeze(-1) * vectors - rows @ (rows.mT @ vectors)
 
 
 def _trace_distance(student: Spectrum, teacher: Spectrum, times: Sequence[float]) -> Tensor:

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.dense import to_padded
-from gkd.graphs.laplacian import connected
 from gkd.graphs.message import RelationalConv
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
 from gkd.graphs.spectral import Spectrum
 from gkd.losses.attention import check_temperature, feature_attention, guides, node_attention
 from gkd.losses.inputs import unit_scale
-from gkd.losses.matching import cheap_factor, check_matched, mean_over_nodes
+from gkd.losses.matching import check_matched, mean_over_nodes
 
 __all__ = ["MessageLoss", "VertexLoss", "vertex_loss"]
 
@@ -168,8 +167,7 @@ class VertexLoss(nn.Module):
         """Returns the loss of two batches of graphs."""
         student, teacher = Spectrum.of(student), Spectrum.of(teacher)
         check_matched(student.mask, teacher.mask)
-        mask = student.mask
-        student_x, teacher_x = to_padded(student.graph.x, student.graph), to_padded(teacher.graph.x, teacher.graph)
+        mask, student_x, teacher_x = student.mask, student.x, teacher.x
         node_weight = feature_weight = None
         if guides(self.guidance):
             node_weight = node_attention(teacher_x, self.guidance, mask)
@@ -221,35 +219,23 @@ class MessageLoss(nn.Module):
         """Returns the loss of two batches of graphs."""
         student, teacher = Spectrum.of(student), Spectrum.of(teacher)
         check_matched(student.mask, teacher.mask)
-        with full_precision(student.graph.x):
+        with full_precision(student.mask):
             student_messages = self._messages(student)
             with torch.no_grad():
                 teacher_messages = self._messages(teacher)
         return vertex_loss(student_messages, teacher_messages, student.mask, self.distance)
 
     def _messages(self, spectrum: Spectrum) -> Tensor:
-        graph, conv = spectrum.graph, self.conv
-        x, weight = as_float(graph.x), graph.get("edge_weight")
-        if isinstance(conv, RelationalConv) and conv.relation == "feature" and spectrum.mask.size(1) <= LARGEST_DENSE:
-            return _dense_messages(spectrum, to_padded(x, graph), conv)
-        return to_padded(conv(x, graph.edge_index, None if weight is None else as_float(weight)), graph)
+        conv, is_small = self.conv, spectrum.lowrank is not None or spectrum.mask.size(1) <= LARGEST_DENSE
+        if is_small and isinstance(conv, RelationalConv) and conv.relation == "feature":
+            return conv.dense(as_float(spectrum.x), spectrum)
+        graph = spectrum.graph
+        weight = graph.get("edge_weight")
+        return to_padded(conv(as_float(graph.x), graph.edge_index, None if weight is None else as_float(weight)), graph)
 
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
         return f"distance={self.distance!r}"
-
-
-def _dense_messages(spectrum: Spectrum, x: Tensor, conv: RelationalConv) -> Tensor:
-    """Does what the convolution does by matrix products, in which an edge costs less than a gathered row."""
-    x = x if conv.lin is None else conv.lin(x)
-    factor = cheap_factor(spectrum)
-    # What arrives at node j is column j of the adjacency, which is F F^T where there is a factor F.
-    total = spectrum.adjacency.sum(dim=1) if factor is None else (factor * factor.sum(dim=1, keepdim=True)).sum(dim=-1)
-    scale = total.where(connected(total), 1.0).reciprocal().unsqueeze(-1)  # a node that hears nothing divides 0 by 1
-    for _ in range(conv.hops):
-        x = spectrum.adjacency.mT @ x if factor is None else factor @ (factor.mT @ x)
-        x = x * scale if conv.normalize else x
-    return x
 
 
 def _check_options(distance: str, allowed: Collection[str], temperature: float = 1.0) -> None:

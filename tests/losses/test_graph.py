@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.data import Batch
 
 from gkd.graphs.attention import AttentionEdges
@@ -44,9 +45,9 @@ class Spy(nn.Module):
 class CountedBuilder(GraphBuilder):
     calls = 0
 
-    def forward(self, *args, **kwargs):
+    def view(self, *args, **kwargs):
         self.calls += 1
-        return super().forward(*args, **kwargs)
+        return super().view(*args, **kwargs)
 
 
 @pytest.mark.parametrize("topology", ["teacher", "student", "each"])
@@ -356,3 +357,57 @@ class TestEncodingsThatNobodyReads:
     def test_of_a_builder_whose_reader_is_unknown(self):
         builder = GraphBuilder(PatchNodes(), KNNEdges(k=2), encoding=HeatKernelEncoding())
         GraphLoss(builder, {"mine": nn.Identity()}).check_parts(["mine"])
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of all that is computed, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.seen.update(tuple(x.shape) for x in (output if isinstance(output, tuple) else [output]) if isinstance(x, torch.Tensor))
+        return output
+
+
+class TestCompleteChannelGraphs:
+    """24 channels of 3 x 3 pixels: their adjacencies have a factor of 9 columns."""
+
+    def maps(self, seed):
+        return torch.rand(2, 24, 3, 3, generator=torch.Generator().manual_seed(seed))
+
+    @pytest.mark.parametrize(("self_loops", "dense_terms"), [(True, set()), (False, {"spectral"})])
+    @pytest.mark.parametrize("name", ["vertex", "edge", "spectral", "message"])
+    def test_no_adjacency_and_no_edge_is_written_down(self, name, self_loops, dense_terms):
+        loss = GraphLoss(GraphBuilder(ChannelNodes(), CompleteEdges(self_loops=self_loops)), four())
+        student = self.maps(0).requires_grad_()
+        with Shapes() as shapes:
+            loss(student, self.maps(1), parts=[name])[name].backward()
+        assert student.grad.abs().sum() > 0
+        # only the exact eigenpairs of the teacher's small graphs need their Laplacian
+        assert any(shape[-2:] == (24, 24) for shape in shapes.seen) == (name in dense_terms)
+        assert not any(2 * 24 * 23 in shape or 2 * 24 * 24 in shape for shape in shapes.seen)
+
+    @pytest.mark.parametrize("self_loops", [True, False])
+    @pytest.mark.parametrize("topology", ["teacher", "each"])
+    def test_values_are_those_of_the_written_graphs(self, self_loops, topology):
+        terms = {**four(), "kl": EdgeLoss("kl", guidance=0.5), "smooth": EdgeLoss("smooth_l1"), "plain": EdgeLoss()}
+        loss = GraphLoss(GraphBuilder(ChannelNodes(), CompleteEdges(self_loops=self_loops)), terms, topology)
+        student, teacher = self.maps(0), self.maps(1)
+        student[0, 3], teacher[0, 5], teacher[1, :2] = 0, 0, 0  # dead channels
+        student.requires_grad_()
+        values = loss(student, teacher)
+        graphs = [graph.clone() for graph in loss.graphs(student, teacher)]
+        for graph in graphs:
+            for attribute in ("factor", "loopless_factor"):
+                if attribute in graph:
+                    del graph[attribute]
+        views = [Spectrum(graph, edges=loss.builder.edges) for graph in graphs]
+        assert all(view.lowrank is None for view in views)
+        for name, term in loss.terms.items():
+            expected = term(*views)
+            torch.testing.assert_close(values[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+            gradients = [torch.autograd.grad(value, student, retain_graph=True)[0] for value in (values[name], expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6, msg=name)

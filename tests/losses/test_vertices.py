@@ -208,7 +208,7 @@ def test_dense_messages_equal_sparse_ones(conv, edges):
 
 def test_large_graphs_go_by_the_convolution(monkeypatch):
     monkeypatch.setattr("gkd.losses.vertices.LARGEST_DENSE", 4)
-    monkeypatch.setattr("gkd.losses.vertices._dense_messages", None)
+    monkeypatch.setattr(RelationalConv, "dense", None)
     assert MessageLoss()(graph(0), graph(0)).item() == 0
 
 

@@ -11,7 +11,7 @@ from gkd.graphs.edges import KNNEdges
 from gkd.graphs.nodes import InstanceNodes
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import as_input, check_batch, check_same_shape, in_full_precision, nan_if_diverged, pool
+from gkd.losses.inputs import as_input, check_batch, check_same_shape, gather_images, in_full_precision, nan_if_diverged, pool
 
 __all__ = ["CRDLoss", "HKDLoss", "crd_loss", "info_nce_loss", "sample_negatives"]
 
@@ -110,7 +110,7 @@ class CRDLoss(nn.Module):
     batch (:func:`sample_negatives`), where published code draws for each image; the expectation is the same.
 
     Memories, normalisation and classes are buffers and are saved with the training, so that a resumed run goes on exactly. With several
-    processes each fills the memory for the samples that it sees.
+    processes each fills the memory for the samples that it sees, unless they are gathered.
 
     Args:
         num_samples: Size of the training set. Best left to :meth:`set_targets`.
@@ -118,6 +118,8 @@ class CRDLoss(nn.Module):
         num_negatives: Negatives of a batch.
         temperature: Of the similarity.
         momentum: Of the memories; what is new weighs 1 - momentum.
+        gather: Contrast the images of all processes in each, so that every memory holds the embeddings of all of them, see
+            :func:`~gkd.losses.inputs.gather_images`.
     """
 
     level = "stage"
@@ -132,12 +134,13 @@ class CRDLoss(nn.Module):
         num_negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
+        gather: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= momentum < 1 or not temperature > 0:
             raise ValueError(f"Expected momentum in [0, 1) and temperature above 0 (got {momentum} and {temperature})")
         self.num_samples, self.embedding_dim, self.num_negatives = num_samples, embedding_dim, num_negatives
-        self.temperature, self.momentum = temperature, momentum
+        self.temperature, self.momentum, self.gather = temperature, momentum, gather
         self.student_embedding: nn.Linear | None = None
         self.teacher_embedding: nn.Linear | None = None
         self.register_buffer("targets", None)
@@ -184,6 +187,8 @@ class CRDLoss(nn.Module):
             layer(as_input(pool(as_float(features)), layer))
             for layer, features in ((self.student_embedding, student), (self.teacher_embedding, teacher.detach()))
         ]
+        if self.gather:
+            *embedded, index = gather_images(*embedded, index)
         with full_precision(student):
             student_rows, teacher_rows = (unit_rows(as_float(rows)) for rows in embedded)
             negatives, counts = sample_negatives(self.num_samples, self.num_negatives, index, self.targets)
@@ -225,6 +230,7 @@ class HKDLoss(nn.Module):
         k: Neighbours of an image; the batch must be larger.
         embedding_dim: Width of the embeddings.
         temperature: Of the similarity.
+        gather: Join the images of all processes to one graph, see :func:`~gkd.losses.inputs.gather_images`.
 
     Raises:
         ValueError: If the batch has k images or fewer.
@@ -235,9 +241,9 @@ class HKDLoss(nn.Module):
 
     level = "stage"
 
-    def __init__(self, k: int = 8, embedding_dim: int = 128, temperature: float = 0.07) -> None:
+    def __init__(self, k: int = 8, embedding_dim: int = 128, temperature: float = 0.07, gather: bool = False) -> None:
         super().__init__()
-        self.k, self.embedding_dim, self.temperature = k, embedding_dim, temperature
+        self.k, self.embedding_dim, self.temperature, self.gather = k, embedding_dim, temperature, gather
         self.nodes, self.edges = InstanceNodes(), KNNEdges(k=k, metric="cosine")
         self.networks = nn.ModuleList()
 
@@ -254,10 +260,13 @@ class HKDLoss(nn.Module):
         """Returns the loss of one stage."""
         if not self.networks:
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of HKDLoss")
+        student, teacher = pool(as_float(student)), pool(as_float(teacher.detach()))
+        if self.gather:
+            student, teacher = gather_images(student, teacher)
         check_batch(student, teacher, at_least=self.k + 1)
         try:
-            student_rows, student_context = self._embed(self.networks[0], pool(as_float(student)))
-            teacher_rows, teacher_context = self._embed(self.networks[1], pool(as_float(teacher.detach())))
+            student_rows, student_context = self._embed(self.networks[0], student)
+            teacher_rows, teacher_context = self._embed(self.networks[1], teacher)
         except ValueError as error:
             return nan_if_diverged(error, student)
         return info_nce_loss(student_rows, teacher_rows, self.temperature) + info_nce_loss(

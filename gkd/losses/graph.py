@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch
 
 from gkd.graphs.builder import GraphBuilder
-from gkd.graphs.nodes import ChannelNodes, RegionNodes
+from gkd.graphs.nodes import ChannelNodes, InstanceNodes, RegionNodes
 from gkd.graphs.precision import full_precision
 from gkd.graphs.spectral import Spectrum
 from gkd.graphs.stages import StageGraph
 from gkd.losses.encodings import EncodingLoss
-from gkd.losses.inputs import nan_if_diverged
+from gkd.losses.inputs import gather_images, nan_if_diverged
 from gkd.losses.term import GraphTerm
 
 __all__ = ["GraphLoss"]
@@ -45,6 +45,7 @@ class GraphLoss(nn.Module):
         teacher_builder: Makes the teacher's graphs where they are built differently, over a finer grid for example.
         matched_channels: Whether the student's map must have the teacher's channels, and so an adapter. None: whether a term needs it,
             see :class:`~gkd.losses.GraphTerm`: matched nodes for graphs of channels, matched features for all others.
+        gather: Join the images of all processes to one graph, see :func:`~gkd.losses.inputs.gather_images`; for graphs of instances.
 
     Shapes:
         - **student**, **teacher** [B, C, h, w] or what the nodes take; of a StageGraph {stage: [B, C, h, w]}; **output** scalars by name
@@ -72,6 +73,7 @@ class GraphLoss(nn.Module):
         topology: Literal["teacher", "student", "each"] = "teacher",
         teacher_builder: GraphBuilder | StageGraph | None = None,
         matched_channels: bool | None = None,
+        gather: bool = False,
     ) -> None:
         super().__init__()
         if topology not in TOPOLOGIES:
@@ -83,6 +85,9 @@ class GraphLoss(nn.Module):
         self.terms = nn.ModuleDict(terms)
         self.topology = topology
         self._matched_channels = matched_channels
+        self.gather = gather
+        if gather and not self._has_nodes(InstanceNodes):
+            raise ValueError("Expected gather=True with InstanceNodes, which relate the images of a batch (got nodes inside an image)")
 
     @property
     def level(self) -> Literal["stage", "stages"]:
@@ -160,6 +165,8 @@ class GraphLoss(nn.Module):
         active = {name: term for name, term in self.terms.items() if parts is None or name in parts}
         if not active:
             return {}
+        if self.gather and isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            student, teacher = gather_images(student, teacher)
         maps = [student] if isinstance(student, Tensor) else list(student.values())
         with full_precision(maps[0]):
             if any(features.numel() == 0 for features in maps):

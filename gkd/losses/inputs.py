@@ -106,6 +106,25 @@ def unit_scale(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     return x / top.where(top > 1e6 * torch.finfo(x.dtype).tiny, 1.0)
 
 
+def gather_images(*features: Tensor) -> list[Tensor]:
+    """Joins the images of all processes, rank after rank, so that relations between images are those of the whole batch.
+
+    Gradients flow back to every process. Each one then has the loss of the whole batch, and the mean of their gradients, which
+    DistributedDataParallel takes, is its gradient. A single process keeps what it has.
+
+    Args:
+        *features: Values of this process's images, as many in every process.
+
+    Shapes:
+        - **features** [B, ...]; **output** [world size * B, ...]
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return list(features)
+    from torch.distributed.nn.functional import all_gather  # its import takes a while
+
+    return [torch.cat(all_gather(x.contiguous())) for x in features]
+
+
 def as_input(features: Tensor, layer: nn.Module) -> Tensor:
     """Gives features the type of a layer's parameters, as autocast does where it is on."""
     parameter = next(layer.parameters(), None)

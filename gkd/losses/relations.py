@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
-from gkd.losses.inputs import as_input, check_batch, check_maps, gram, in_full_precision, pool, unit_scale, vectors
+from gkd.losses.inputs import as_input, check_batch, check_maps, gather_images, gram, in_full_precision, pool, unit_scale, vectors
 
 __all__ = [
     "CCLoss",
@@ -269,13 +269,21 @@ def _moves(x: Tensor, y: Tensor) -> Tensor:
 
 
 class SPLoss(nn.Module):
-    """Similarity preserving, see :func:`sp_loss`. Published with weight 3000 on the last stage."""
+    """Similarity preserving, see :func:`sp_loss`. Published with weight 3000 on the last stage.
+
+    Args:
+        gather: Compare the images of all processes instead of those of one, see :func:`~gkd.losses.inputs.gather_images`.
+    """
 
     level = "stage"
 
+    def __init__(self, gather: bool = False) -> None:
+        super().__init__()
+        self.gather = gather
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss of one stage."""
-        return sp_loss(student, teacher)
+        return sp_loss(*(gather_images(student, teacher) if self.gather else (student, teacher)))
 
 
 class RKDLoss(nn.Module):
@@ -286,17 +294,20 @@ class RKDLoss(nn.Module):
     Args:
         distance_weight: Weight of the distances.
         angle_weight: Weight of the angles; 0 leaves them out.
+        gather: Compare the images of all processes instead of those of one, see :func:`~gkd.losses.inputs.gather_images`.
     """
 
     level = "stage"
 
-    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0, gather: bool = False) -> None:
         super().__init__()
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+        self.distance_weight, self.angle_weight, self.gather = distance_weight, angle_weight, gather
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss of one stage."""
         student, teacher = pool(as_float(student)), pool(as_float(teacher))
+        if self.gather:
+            student, teacher = gather_images(student, teacher)
         loss = self.distance_weight * rkd_distance_loss(student, teacher)
         return loss + self.angle_weight * rkd_angle_loss(student, teacher) if self.angle_weight else loss
 
@@ -312,13 +323,14 @@ class CCLoss(nn.Module):
 
     Args:
         embedding_dim: Width of the embedding.
+        gather: Compare the images of all processes instead of those of one, see :func:`~gkd.losses.inputs.gather_images`.
     """
 
     level = "stage"
 
-    def __init__(self, embedding_dim: int = 128) -> None:
+    def __init__(self, embedding_dim: int = 128, gather: bool = False) -> None:
         super().__init__()
-        self.embedding_dim = embedding_dim
+        self.embedding_dim, self.gather = embedding_dim, gather
         self.student_embedding: nn.Module | None = None
         self.teacher_embedding: nn.Module | None = None
 
@@ -332,17 +344,27 @@ class CCLoss(nn.Module):
         if self.student_embedding is None or self.teacher_embedding is None:
             raise RuntimeError("Expected build(student_shape, teacher_shape) before the first forward of CCLoss")
         pairs = ((self.student_embedding, student), (self.teacher_embedding, teacher.detach()))
-        return cc_loss(*(layer(as_input(pool(as_float(features)), layer)) for layer, features in pairs))
+        embeddings = [layer(as_input(pool(as_float(features)), layer)) for layer, features in pairs]
+        return cc_loss(*(gather_images(*embeddings) if self.gather else embeddings))
 
 
 class PKTLoss(nn.Module):
-    """Probabilistic knowledge transfer, see :func:`pkt_loss`. Published with weight 30000 on the last stage; maps are pooled first."""
+    """Probabilistic knowledge transfer, see :func:`pkt_loss`. Published with weight 30000 on the last stage; maps are pooled first.
+
+    Args:
+        gather: Compare the images of all processes instead of those of one, see :func:`~gkd.losses.inputs.gather_images`.
+    """
 
     level = "stage"
 
+    def __init__(self, gather: bool = False) -> None:
+        super().__init__()
+        self.gather = gather
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss of one stage."""
-        return pkt_loss(pool(as_float(student)), pool(as_float(teacher)))
+        pooled = pool(as_float(student)), pool(as_float(teacher))
+        return pkt_loss(*(gather_images(*pooled) if self.gather else pooled))
 
 
 class ICKDLoss(nn.Module):
@@ -375,17 +397,21 @@ class IRGLoss(nn.Module):
     Args:
         edge_weight: Weight of the edges.
         transform_weight: Weight of the transformations between neighbouring stages.
+        gather: Compare the images of all processes instead of those of one, see :func:`~gkd.losses.inputs.gather_images`.
     """
 
     level = "stages"
 
-    def __init__(self, edge_weight: float = 5.0, transform_weight: float = 5.0) -> None:
+    def __init__(self, edge_weight: float = 5.0, transform_weight: float = 5.0, gather: bool = False) -> None:
         super().__init__()
-        self.edge_weight, self.transform_weight = edge_weight, transform_weight
+        self.edge_weight, self.transform_weight, self.gather = edge_weight, transform_weight, gather
 
     def forward(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
         """Returns the loss of all stages, given from shallow to deep."""
-        return irg_loss(list(student.values()), [teacher[stage] for stage in student], self.edge_weight, self.transform_weight)
+        students, teachers = list(student.values()), [teacher[stage] for stage in student]
+        if self.gather:
+            students, teachers = gather_images(*students), gather_images(*teachers)
+        return irg_loss(students, teachers, self.edge_weight, self.transform_weight)
 
     def extra_repr(self) -> str:
         """Names the weights."""

@@ -381,7 +381,8 @@ class TestCompleteChannelGraphs:
     @pytest.mark.parametrize(("self_loops", "dense_terms"), [(True, set()), (False, {"spectral"})])
     @pytest.mark.parametrize("name", ["vertex", "edge", "spectral", "message"])
     def test_no_adjacency_and_no_edge_is_written_down(self, name, self_loops, dense_terms):
-        loss = GraphLoss(GraphBuilder(ChannelNodes(), CompleteEdges(self_loops=self_loops)), four())
+        edges = CompleteEdges(self_loops=self_loops, nonnegative=True)  # no value is looked at while shapes are watched
+        loss = GraphLoss(GraphBuilder(ChannelNodes(), edges), four())
         student = self.maps(0).requires_grad_()
         with Shapes() as shapes:
             loss(student, self.maps(1), parts=[name])[name].backward()

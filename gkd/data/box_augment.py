@@ -71,6 +71,9 @@ class BoxAugment:
                 image = v2.ColorJitter(self.colour, self.colour, self.colour, self.colour / 4)(image)
         return image, objects, self.scale[0] * (self.scale[1] / self.scale[0]) ** draws[1]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(crop={self.crop}, colour={self.colour}, scale={self.scale})"
+
 
 def _cropped(image: Tensor, objects: Objects, crop: Any) -> tuple[Tensor, Objects]:
     from torchvision import tv_tensors

@@ -76,27 +76,28 @@ class ObjectReader(Reader):
         """Path of the image's file."""
         return self.sources[row]
 
-    def read(self, row: int) -> Tensor:
-        """Reads the image, which must have the size that the annotations say."""
+    def read(self, row: int) -> tuple[Tensor, Objects]:
+        """Reads the image, which must have the size that the annotations say, and its objects."""
         image = self.read_image(self.sources[row])
         height, width = self.sizes[row].tolist()
         if tuple(image.shape[1:]) != (height, width):
             raise ValueError(f"Expected {height} x {width} pixels, as the annotations say (got {image.shape[1]} x {image.shape[2]})")
-        return image
+        return image, self.objects(row)
 
-    def prepare(self, image: Tensor, row: int, seed: int | None) -> tuple[Tensor, Objects]:
+    def prepare(self, image: tuple[Tensor, Objects], row: int, seed: int | None) -> tuple[Tensor, Objects]:
         """Augments, resizes and flips the image, and its objects alike."""
+        pixels, objects = image
         chance = [1.0, 1.0] if seed is None else torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
-        objects, factor = self.objects(row), 1.0
+        factor = 1.0
         if self.augment is not None and seed is not None:
-            image, objects, factor = self.augment(image, objects, seed)
-        shape = image.shape[-2:]
+            pixels, objects, factor = self.augment(pixels, objects, seed)
+        shape = pixels.shape[-2:]
         shorter, longer = min(shape), max(shape)
         if self.min_size:
             shorter = self.min_size[-1] if seed is None else self.min_size[int(chance[0] * len(self.min_size))]
             longer = self.max_size
-        image = resize(image, max(1, round(shorter * factor)), max(1, round(longer * factor)), self.antialias)
-        return _followed(image, objects, shape, self.pairs, chance[1] < self.flip)
+        pixels = resize(pixels, max(1, round(shorter * factor)), max(1, round(longer * factor)), self.antialias)
+        return _followed(pixels, objects, shape, self.pairs, chance[1] < self.flip)
 
     def objects(self, row: int) -> Objects:
         """The objects of an image as it is stored."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gkd.data.augment import Normalize, check_statistics
 from gkd.data.drawing import draw_scenes
-from gkd.data.epochs import EpochData, Plan, generator
+from gkd.data.epochs import EpochData, Plan, count_of, generator
 from gkd.data.folders import IMAGENET_MEAN, IMAGENET_STD
 from gkd.data.images import check_files, image_files, listing, read_image, read_mask
 from gkd.data.voc import VOC_CLASSES, devkit, image_sets
@@ -150,12 +150,14 @@ class MaskFiles(SegmentationData, FileData):
 class SegmentationFolder(MaskFiles):
     """Your own images and masks: ``root/train/images/NAME.jpg`` and ``root/train/masks/NAME.png``, likewise ``val`` and ``test``.
 
-    ``root/images/train/..`` and ``root/masks/train/..`` are read too. ``val`` is the split ``'test'`` where there is no ``test``. A mask
-    has the name of its image, and as its pixels the numbers of the classes, or 255 for what counts nowhere.
+    ``root/images/train/..`` and ``root/masks/train/..`` are read too. ``val`` is the split ``'test'`` where there is no ``test``. Of two
+    folders ``root/images`` and ``root/masks`` alone, a share of the images is the split ``'test'``. A mask has the name of its image, and
+    as its pixels the numbers of the classes, or 255 for what counts nowhere.
 
     Args:
         root: The folder.
         classes: Names of the classes, in the order of their numbers.
+        test: Where there are no folders for the parts, the test images: a share (float) or a number (int).
         size: See :class:`MaskFiles`, and so the others.
         mean: Mean of each channel.
         std: Standard deviation of each channel.
@@ -175,6 +177,7 @@ class SegmentationFolder(MaskFiles):
         self,
         root: str | Path,
         classes: Sequence[str],
+        test: float | int = 0.2,
         size: int = 512,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -186,7 +189,7 @@ class SegmentationFolder(MaskFiles):
         subset: float | int | None = None,
         split_seed: int = 0,
     ) -> None:
-        pairs = _folder_pairs(Path(root).expanduser(), type(self).__name__)
+        pairs = _folder_pairs(Path(root).expanduser(), test, split_seed, type(self).__name__)
         super().__init__(pairs, classes, size, mean, std, scale, flip, num_workers, skip_unreadable, holdout, subset, split_seed)
 
 
@@ -362,12 +365,16 @@ class _Pairs(Reader):
         return torch.stack(images), torch.stack(masks)
 
 
-def _folder_pairs(root: Path, kind: str) -> dict[str, list[Pair]]:
+def _folder_pairs(root: Path, test: float | int, seed: int, kind: str) -> dict[str, list[Pair]]:
     folders = {
         part: next((pair for pair in _places(root, part) if all(folder.is_dir() for folder in pair)), None)
         for part in ("train", "val", "test")
     }
     parts = {part: _pairs(*places) for part, places in folders.items() if places is not None}
+    if not parts and (root / "images").is_dir() and (root / "masks").is_dir():
+        pairs = _pairs(root / "images", root / "masks")
+        order, number = torch.randperm(len(pairs), generator=generator(seed)).tolist(), count_of(test, len(pairs), "test")
+        parts = {"train": [pairs[row] for row in sorted(order[number:])], "test": [pairs[row] for row in sorted(order[:number])]}
     if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
     if not {"train", "test"} <= set(parts):

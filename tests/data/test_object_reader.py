@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gkd.data import COCO, BoxAugment, DigitScenes
+from gkd.data import COCO, BoxAugment, DigitScenes, UnreadableImageError
 from gkd.data.box_augment import Objects
 from gkd.data.masks import decode_masks, encode_mask, segmentation_box
 from gkd.data.object_reader import ObjectReader
@@ -121,6 +121,14 @@ def test_masks_and_keypoints_that_are_asked_for_must_be_there(root):
     short["annotations"][0]["keypoints"] = [1, 2, 3]
     (root / "labels.json").write_text(json.dumps(short))
     with pytest.raises(ValueError, match=r"Expected 3 keypoints .*\(got 3 numbers\)"):
+        read(root)
+
+
+def test_damaged_outlines_are_named_with_their_image(root):
+    damaged = content()
+    damaged["annotations"][1]["segmentation"] = {"size": [3, 3], "counts": [9]}
+    (root / "labels.json").write_text(json.dumps(damaged))
+    with pytest.raises(UnreadableImageError, match=r"a\.png: ValueError: Expected polygons, or run lengths of size \[30, 40\]"):
         read(root)
 
 

@@ -99,9 +99,22 @@ def test_the_two_layouts_and_validation_parts(tmp_path):
         SegmentationFolder(tmp_path, CLASSES, size=8, holdout=1)
 
 
+def test_two_folders_alone(tmp_path):
+    for number in range(10):
+        write_pair(tmp_path / "images", tmp_path / "masks", f"{number}")
+    data = SegmentationFolder(tmp_path, CLASSES, size=8, test=0.3, holdout=2, **plain())
+    assert [data.num_samples(split) for split in ("train", "val", "test")] == [5, 2, 3]
+    again = SegmentationFolder(tmp_path, CLASSES, size=8, test=3, **plain())
+    files = [list(each._files()) for each in (data, again)]
+    assert files[0] == files[1]
+    assert len(set(files[0])) == 20
+    with pytest.raises(ValueError, match=r"Expected test as a share .*\(got 11\)"):
+        SegmentationFolder(tmp_path, CLASSES, test=11)
+
+
 def test_mistakes_are_named(root):
     with pytest.raises(ValueError, match=r"Expected the folders train/images.*SegmentationFolder\.root"):
-        SegmentationFolder(root / "train", CLASSES)
+        SegmentationFolder(root / "train" / "images", CLASSES)
     with pytest.raises(ValueError, match=r"Expected size >= 1.*scale.*\(got 8, \(2, 1\)"):
         SegmentationFolder(root, CLASSES, size=8, scale=(2, 1))
     with pytest.raises(ValueError, match="Expected 2 to 255 classes of different names"):

@@ -12,7 +12,7 @@ from gkd.sources import RECIPES
 
 FOLDER = RECIPES
 RUNS = sorted([*FOLDER.glob("classification/*.gin"), FOLDER / "quickstart_classification.gin"])
-DETECTION = ("cwd", "dsig", "fgd", "mgd", "pkd", "sekd_detection")
+DETECTION = ("crosskd", "cwd", "dsig", "fgd", "ld", "mask_kd", "mgd", "pkd", "sekd_detection")
 METHODS = sorted(path for path in FOLDER.glob("methods/*.gin") if path.stem not in DETECTION)
 PAIR = "gin/quickstart_classification.gin"
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from gkd.errors import UserError
+
 LIBRARIES = ("torchvision", "detectron2", "transformers")
 
 Images = Sequence[Tensor]
@@ -62,6 +64,7 @@ class Output:
         proposals: Of every image the proposals of a two-stage detector [n_i, 4], best first, in pixels, without gradient; None for one
             stage.
         dense_logits: Class scores of a one-stage detector at all its places, as of `Detector.dense_logits`; None for two stages.
+        dense_locations: Its boxes there, as of `Detector.dense_locations`.
         regions: True boxes and mined background of every image, once a term has asked for them.
     """
 
@@ -70,6 +73,7 @@ class Output:
     image_size: tuple[int, int]
     proposals: list[Tensor] | None = None
     dense_logits: Tensor | None = None
+    dense_locations: Tensor | None = None
     regions: list[Tensor] | None = None
 
 
@@ -156,7 +160,6 @@ class Detector(ABC):
     def features(self, images: Images) -> Mapping[str, Tensor]:
         """Maps of all levels, from transform, backbone and pyramid alone: no head is called. Equal to those that the library computes."""
 
-    @abstractmethod
     def class_logits(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
         """Class scores before the softmax of given boxes, for distillation on proposals that student and teacher share.
 
@@ -171,8 +174,25 @@ class Detector(ABC):
         Raises:
             UserError: If the network has one stage, or other classes than the data.
         """
+        raise self._lacks("a box head on proposals")
 
-    @abstractmethod
+    def mask_logits(self, features: Mapping[str, Tensor], boxes: Sequence[Tensor], labels: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Masks before the sigmoid in given boxes, each of its class.
+
+        Args:
+            features: As for `class_logits`.
+            boxes: As there.
+            labels: Class of every box, of the data.
+            image_size: As there.
+
+        Shapes:
+            - **labels** [n] for all boxes of all images; **output** [n, m, m]
+
+        Raises:
+            UserError: If the network segments no instances.
+        """
+        raise self._lacks("a mask head on proposals")
+
     def dense_logits(self, features: Mapping[str, Tensor]) -> Tensor:
         """Class scores before the sigmoid at all places (and anchors) of a one-stage detector, by its classification head alone.
 
@@ -185,6 +205,24 @@ class Detector(ABC):
         Raises:
             UserError: If the network has two stages, or other classes than the data.
         """
+        raise self._lacks("scores at all places")
+
+    def dense_locations(self, features: Mapping[str, Tensor]) -> Tensor:
+        """What the regression head of a one-stage detector says of the sides of the box at every place, as the library has it.
+
+        Args:
+            features: As for `dense_logits`.
+
+        Shapes:
+            - **output** [B, n, 4 m], places as in `dense_logits`
+
+        Raises:
+            UserError: If the network has two stages.
+        """
+        raise self._lacks("a regression head at all places")
+
+    def _lacks(self, what: str) -> UserError:
+        return UserError(f"Expected a detector with {what} for this term (got {type(self.model).__name__}). Give the term the weight 0.")
 
     @abstractmethod
     def detect(self, images: Images) -> list[Detections]:

@@ -119,33 +119,96 @@ class DetectorPair(NetworkPair):
             output.regions = list(torch.cat((boxes, mined), dim=1).unbind())
         return output.regions, output.image_size
 
-    def logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal; of one-stage detectors those
-        at all places [B * n, K], and the targets as they are."""
+    def logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any, compares: str = "classes") -> tuple[Any, Any, Any]:
+        """What terms of the level ``'logits'`` compare.
+
+        ============= =============================================================================================================
+        ``classes``   class logits of both on the student's best proposals [B * P, K + 1], and the class of each proposal; of one-stage
+                      detectors those at all places [B * n, K], and the targets as they are
+        ``masks``     masks of both [m, h, w] in those of the proposals that hold an object, and their classes
+        ``locations`` boxes of both at all places [B * n, 4 m], and the highest score [B * n] that the teacher has there
+        ``crossed``   class logits that the teacher's head gives on the student's maps, and on its own
+        ============= =============================================================================================================
+        """
         assert self.teacher is not None
+        if compares == "masks":
+            return self._masks(output, teacher_output, targets)
+        if compares == "locations":
+            return self._locations(output, teacher_output)
+        if compares == "crossed":
+            return self._crossed(output, teacher_output, targets)
         if output.proposals is None:
             return self._dense_logits(output, teacher_output, targets)
-        shared = shared_proposals(output.proposals, self.choice.proposals, output.image_size)
-        boxes = list(shared.unbind())
-        own = self.student.class_logits(output.features, boxes, output.image_size)
+        boxes, labels = self._shared(output, targets)
+        student = self.student.class_logits(output.features, list(boxes.unbind()), output.image_size)
         with torch.no_grad():
-            goal = self.teacher.class_logits(teacher_output, boxes, output.image_size)
+            goal = self.teacher.class_logits(teacher_output, list(boxes.unbind()), output.image_size)
+        return student, goal, labels.flatten()
+
+    def _shared(self, output: Output, targets: Any) -> tuple[Tensor, Tensor]:
+        """Boxes [B, P, 4] that both networks look at, the student's proposals or else the regions, and their classes [B, P]."""
+        if output.proposals is None:
+            shared = torch.stack(self.regions(None, targets, output)[0])
+            whole = shared.new_tensor([0.0, 0.0, output.image_size[1], output.image_size[0]])
+            shared = torch.where(shared[..., 2:3] < 0, whole, shared)
+        else:
+            shared = shared_proposals(output.proposals, self.choice.proposals, output.image_size)
         true = padded_boxes([target["boxes"] for target in targets])
-        labels = region_labels(shared, true, [target["labels"] for target in targets], self.num_classes)
-        return own, goal, labels.flatten()
+        return shared, region_labels(shared, true, [target["labels"] for target in targets], self.num_classes)
+
+    def _masks(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.teacher is not None
+        boxes, labels = self._shared(output, targets)
+        is_object = labels < self.num_classes
+        chosen = [box[rows] for box, rows in zip(boxes, is_object, strict=True)]
+        classes = labels[is_object]
+        student = self.student.mask_logits(output.features, chosen, classes, output.image_size)
+        with torch.no_grad():
+            goal = self.teacher.mask_logits(teacher_output, chosen, classes, output.image_size)
+        return student, goal, classes
 
     def _dense_logits(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Any]:
         assert self.teacher is not None
-        own = output.dense_logits
         with torch.no_grad():
             goal = self.teacher.dense_logits(teacher_output)
-        if own is None or own.shape != goal.shape:
-            raise UserError(
-                "Expected student and teacher with class scores at the same places for a term of class logits (got student "
-                f"{None if own is None else list(own.shape)}, teacher {list(goal.shape)}: images, places, classes)"
-            )
-        return own.flatten(0, 1), goal.flatten(0, 1), targets
+        student = _same_places(output.dense_logits, goal, "class scores")
+        return student.flatten(0, 1), goal.flatten(0, 1), targets
+
+    def _locations(self, output: Output, teacher_output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.teacher is not None
+        with torch.no_grad():
+            goal, scores = self.teacher.dense_locations(teacher_output), self.teacher.dense_logits(teacher_output)
+        student = _same_places(output.dense_locations, goal, "boxes")
+        return student.flatten(0, 1), goal.flatten(0, 1), scores.amax(2).sigmoid().flatten()
+
+    def _crossed(self, output: Output, teacher_output: Mapping[str, Tensor], targets: Any) -> tuple[Tensor, Tensor, Any]:
+        assert self.teacher is not None
+        levels = [level for level in teacher_output if level in output.features]
+        student, teacher = ({level: maps[level] for level in levels} for maps in (output.features, teacher_output))
+        for level in levels:
+            if student[level].shape != teacher[level].shape:
+                raise UserError(
+                    f"Expected maps that the teacher's head can read, {list(teacher[level].shape)} at {level}, for a term that crosses the "
+                    f"heads (got {list(student[level].shape)} of the student). Give the student's pyramid the teacher's channels."
+                )
+        if not self.teacher.two_stage:
+            with torch.no_grad():
+                goal = self.teacher.dense_logits(teacher)
+            return self.teacher.dense_logits(student).flatten(0, 1), goal.flatten(0, 1), targets
+        boxes, labels = self._shared(output, targets)
+        with torch.no_grad():
+            goal = self.teacher.class_logits(teacher, list(boxes.unbind()), output.image_size)
+        return self.teacher.class_logits(student, list(boxes.unbind()), output.image_size), goal, labels.flatten()
 
     def anchors(self, output: Output, logits: tuple[Any, Any, Any]) -> list[Tensor]:
         """The student's maps, from which both the task and the logits follow."""
         return list(output.features.values())
+
+
+def _same_places(student: Tensor | None, teacher: Tensor, what: str) -> Tensor:
+    if student is None or student.shape != teacher.shape:
+        raise UserError(
+            f"Expected student and teacher with {what} at the same places (got student {None if student is None else list(student.shape)}, "
+            f"teacher {list(teacher.shape)}: images, places, values). Compare maps or graphs instead, or cross the heads: CrossKDLoss."
+        )
+    return student

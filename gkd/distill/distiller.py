@@ -215,16 +215,16 @@ class Distiller(nn.Module):
             options: dict[str, Any] = {}
             if any(call.term.needs_index for call in calls):
                 options["index"] = _expect_index(index)
-            logits: tuple[Any, Any, Any] = (None, None, None)
-            if any(call.term.level == "logits" for call in calls):
-                logits = self.networks.logits(output, teacher_output, targets)
+            compared = dict.fromkeys(call.term.compares for call in calls if call.term.level == "logits")
+            logits = {kind: self.networks.logits(output, teacher_output, targets, kind) for kind in compared}
             adapted = self._adapted(calls, student, teacher)
             for call in calls:
                 if call.term.needs_boxes:
                     options["boxes"], options["image_size"] = self.networks.regions(images, targets, output, call.term.true_boxes_only)
-                values = self._evaluate(call, logits, adapted if call.adapted else student, teacher, options)
+                seen = logits.get(call.term.compares, (None, None, None))
+                values = self._evaluate(call, seen, adapted if call.adapted else student, teacher, options)
                 losses.update(values)
-                anchors.update(dict.fromkeys(values, [student[stage] for stage in call.stages] or self.networks.anchors(output, logits)))
+                anchors.update(dict.fromkeys(values, [student[stage] for stage in call.stages] or self.networks.anchors(output, seen)))
         tasks = self._task_losses(output, targets, losses)
         if measure and losses and self.balance is not None:
             shared = {name: loss for name, loss in losses.items() if name in self.balance.names}

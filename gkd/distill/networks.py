@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gkd.errors import UserError
 from gkd.models import FeatureTaps, read_logits
 
 
@@ -45,8 +46,14 @@ class NetworkPair:
         """What the teacher is called with."""
         return (images,)
 
-    def logits(self, output: Any, teacher_output: Any, targets: Any) -> tuple[Any, Any, Any]:
-        """What terms of the level ``'logits'`` see: student's and teacher's logits, and the targets; of mixed ones, the largest share."""
+    def logits(self, output: Any, teacher_output: Any, targets: Any, compares: str = "classes") -> tuple[Any, Any, Any]:
+        """What terms of the level ``'logits'`` see: student's and teacher's logits, and the targets; of mixed ones, the largest share.
+
+        Raises:
+            UserError: If the networks have nothing of the kind that the term compares, see :class:`~gkd.losses.Term`.
+        """
+        if compares != "classes":
+            raise UserError(f"Expected a term that compares class logits for these networks (got one that compares {compares})")
         is_mixed = isinstance(targets, Tensor) and targets.is_floating_point() and targets.dim() == 2
         return read_logits(output), read_logits(teacher_output), targets.argmax(dim=1) if is_mixed else targets
 

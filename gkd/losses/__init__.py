@@ -19,6 +19,7 @@ from gkd.losses.features import (
     vid_loss,
 )
 from gkd.losses.graph import GraphLoss
+from gkd.losses.heads import CrossKDLoss, LDLoss, MaskKDLoss, ld_loss, mask_kd_loss
 from gkd.losses.logits import (
     DISTLoss,
     DKDLoss,
@@ -59,6 +60,7 @@ __all__ = [
     "CCLoss",
     "CRDLoss",
     "CWDLoss",
+    "CrossKDLoss",
     "DISTLoss",
     "DKDLoss",
     "DenseKDLoss",
@@ -74,8 +76,10 @@ __all__ = [
     "ICKDLoss",
     "IRGLoss",
     "KDLoss",
+    "LDLoss",
     "LogitMSELoss",
     "MGDLoss",
+    "MaskKDLoss",
     "MessageLoss",
     "NSTLoss",
     "OFDLoss",
@@ -113,7 +117,9 @@ __all__ = [
     "instance_graph_loss",
     "irg_loss",
     "kd_loss",
+    "ld_loss",
     "logit_mse_loss",
+    "mask_kd_loss",
     "node_attention",
     "nst_loss",
     "ofd_loss",

@@ -52,6 +52,9 @@ class Term:
     """Its boxes are the annotated ones, without the background that a detector's task may add."""
     dense: bool = False
     """It compares the class logits of all places of a detector without proposals."""
+    compares: str = "classes"
+    """Of detectors, what a term of the level ``'logits'`` compares: scores of ``'classes'``; ``'masks'`` in shared proposals; the
+    ``'locations'`` of boxes, with the teacher's confidence as target; or ``'crossed'``, the teacher's head on both networks' maps."""
 
     @classmethod
     def of(cls, module: nn.Module, name: str = "") -> Term:

@@ -31,6 +31,7 @@ class Detection(Task):
         teacher: The network to learn from; None trains the student alone, which is how a teacher is made.
         data: Images with boxes; scenes of digits by default.
         backend: ``'torchvision'``, ``'detectron2'``, a `Backend`, or None: Detectron2 where it is installed.
+        teacher_backend: The teacher's library, where it is another one.
         distiller: Called with the networks.
         regions: Which regions take part in the terms that look at regions.
         trainer: The settings of the training.
@@ -48,6 +49,7 @@ class Detection(Task):
         teacher: DetectorNetwork | None = None,
         data: DetectionData | None = None,
         backend: str | Backend | None = None,
+        teacher_backend: str | Backend | None = None,
         distiller: Callable[..., Distiller] = Distiller,
         regions: Regions | None = None,
         trainer: Trainer | None = None,
@@ -66,7 +68,8 @@ class Detection(Task):
         self._check_data()
         described = self.detector.describe()
         self.name = " ".join(str(described[part]) for part in ("architecture", "backbone") if described[part])
-        self.teacher_detector: Detector | None = None if teacher is None else self.backend.build_teacher(teacher, self.data)
+        of_teacher = self.backend if teacher_backend is None else choose_backend(teacher_backend)[0]
+        self.teacher_detector: Detector | None = None if teacher is None else of_teacher.build_teacher(teacher, self.data)
         self.student = self.detector.model
         self.teacher = None if self.teacher_detector is None else Teacher(self.teacher_detector.model)
         self.distiller = distiller(
@@ -162,11 +165,15 @@ class Detection(Task):
             )
 
     def _check_logit_terms(self) -> None:
-        stages = {detector.two_stage for detector in (self.detector, self.teacher_detector) if detector is not None}
+        """A term of logits must suit the stages of the networks whose heads it asks: both, or the teacher's where heads are crossed."""
+        if self.teacher_detector is None:
+            return
         for module, term in self.distiller.declared_terms():
-            if term.level == "logits" and stages != {not term.dense}:
-                kinds = " and ".join("two stages" if two else "one stage" for two in sorted(stages))
+            asked = {self.teacher_detector.two_stage} | ({self.detector.two_stage} if term.compares != "crossed" else set())
+            if term.level == "logits" and asked != {not term.dense}:
+                kinds = " and ".join("two stages" if two else "one stage" for two in sorted(asked))
                 raise UserError(
                     "Expected DenseKDLoss for the class logits of one-stage detectors, and another term, such as KDLoss, for two stages "
-                    f"(got {type(module).__name__} for {kinds}). Set KD = @DenseKDLoss() or KD = @KDLoss(), or give the term the weight 0."
+                    f"(got {type(module).__name__} for {kinds}). Set KD = @DenseKDLoss() or KD = @KDLoss(), give the term the weight 0, or "
+                    "compare unlike detectors by CrossKDLoss, maps and graphs."
                 )

@@ -81,7 +81,7 @@ class SegmentationPair(NetworkPair):
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
 
-    def logits(self, output: Any, teacher_output: Any, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def logits(self, output: Any, teacher_output: Any, targets: Tensor, compares: str = "classes") -> tuple[Tensor, Tensor, Tensor]:
         """Logits of all pixels [B h w, K] of both, in the student's resolution, and their classes; ignored pixels are equal in both."""
         student, teacher = read_logits(output), read_logits(teacher_output)
         size = student.shape[-2:]

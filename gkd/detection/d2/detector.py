@@ -78,7 +78,7 @@ class Detectron2Detector(Detector):
         handles = [network.backbone.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, features=output))]
         if self.two_stage or hasattr(network, "head"):
             head = network.proposal_generator if self.two_stage else network.head
-            handles.append(head.register_forward_hook(lambda module, inputs, output: seen.update(head=output[0])))
+            handles.append(head.register_forward_hook(lambda module, inputs, output: seen.update(head=output)))
         try:
             with EventStorage():  # the heads insist on telling somebody how many anchors matched
                 losses = network(self._inputs(images, targets))
@@ -88,9 +88,10 @@ class Detectron2Detector(Detector):
         height, width = seen["inputs"][0].shape[-2:]
         output = Output(losses, self._sorted(seen["features"]), (height, width))
         if self.two_stage:
-            output.proposals = [found.proposal_boxes.tensor.detach() for found in seen["head"]]
+            output.proposals = [found.proposal_boxes.tensor.detach() for found in seen["head"][0]]
         elif "head" in seen:
-            output.dense_logits = self._dense(seen["head"])
+            output.dense_logits = self._dense(seen["head"][0])
+            output.dense_locations = self._flat(seen["head"][1], 4)
         return output
 
     def features(self, images: Images) -> dict[str, Tensor]:
@@ -132,6 +133,12 @@ class Detectron2Detector(Detector):
         if self.two_stage or not hasattr(self.model, "head"):
             raise UserError(f"Expected a one-stage detector for class logits at all places (got {type(self.model).__name__})")
         return self._dense(self._network.head([features[name] for name in self._network.head_in_features])[0])
+
+    def dense_locations(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Boxes of the head."""
+        if self.two_stage or not hasattr(self.model, "head"):
+            raise self._lacks("a regression head at all places")
+        return self._flat(self._network.head([features[name] for name in self._network.head_in_features])[1], 4)
 
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:
@@ -182,9 +189,12 @@ class Detectron2Detector(Detector):
 
     def _dense(self, logits: Sequence[Tensor]) -> Tensor:
         """Joins the levels' maps [B, A * K, h, w] of class scores."""
-        number = self._network.num_classes
-        rows = [level.unflatten(1, (-1, number)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in logits]
-        return torch.cat(rows, dim=1)[..., self._label_table(logits[0].device)]
+        return self._flat(logits, self._network.num_classes)[..., self._label_table(logits[0].device)]
+
+    @staticmethod
+    def _flat(levels: Sequence[Tensor], width: int) -> Tensor:
+        rows = [level.unflatten(1, (-1, width)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in levels]
+        return torch.cat(rows, dim=1)
 
     @property
     def _num_classes(self) -> int:

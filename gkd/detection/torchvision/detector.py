@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 
 from gkd.detection.classes import refuse_classes
 from gkd.detection.frame import resampled
@@ -81,7 +82,10 @@ class TorchvisionDetector(Detector):
         """Losses and maps of one pass."""
         labels = self._label_table(images[0].device)
         seen: dict[str, Any] = {}
-        modules = {"proposals": self.model.rpn} if self.two_stage else {"logits": self.model.head.classification_head}
+        if self.two_stage:
+            modules = {"proposals": self.model.rpn}
+        else:
+            modules = {"logits": self.model.head.classification_head, "locations": self.model.head.regression_head}
         with watched({"features": self.model.backbone, **modules}, seen):
             losses = self.model(_floats(images), [self._target(target, labels) for target in targets])
         output = Output(losses, self._named(seen["features"], images), self.image_size(images))
@@ -89,6 +93,7 @@ class TorchvisionDetector(Detector):
             output.proposals = [boxes.detach() for boxes in seen["proposals"][0]]
         else:
             output.dense_logits = self._scores(seen["logits"], labels)
+            output.dense_locations = _boxes_of(seen["locations"])
         return output
 
     def features(self, images: Images) -> Maps:
@@ -103,7 +108,7 @@ class TorchvisionDetector(Detector):
         """Scores of the second stage."""
         heads = self._roi_heads("class logits")
         table = self._label_table(next(iter(features.values())).device)
-        pooled = heads.box_roi_pool(self._maps(features), list(boxes), [image_size] * len(boxes))
+        pooled = _pool(heads.box_roi_pool, self._maps(features), boxes, image_size)
         logits, _ = heads.box_predictor(heads.box_head(pooled))
         return logits[:, torch.cat((table, table.new_zeros(1)))]
 
@@ -112,7 +117,7 @@ class TorchvisionDetector(Detector):
         heads = self._roi_heads("mask logits")
         if not self.has_masks:
             raise UserError(f"Expected a detector that segments instances for mask logits (got {type(self.model).__name__})")
-        pooled = heads.mask_roi_pool(self._maps(features), list(boxes), [image_size] * len(boxes))
+        pooled = _pool(heads.mask_roi_pool, self._maps(features), boxes, image_size)
         logits = heads.mask_predictor(heads.mask_head(pooled))
         places = self._label_table(logits.device)[labels]
         return logits[torch.arange(len(places), device=logits.device), places]
@@ -123,6 +128,12 @@ class TorchvisionDetector(Detector):
             raise UserError(f"Expected a one-stage detector for class logits at all places (got {type(self.model).__name__})")
         table = self._label_table(next(iter(features.values())).device)
         return self._scores(self.model.head.classification_head(list(self._maps(features).values())), table)
+
+    def dense_locations(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Boxes of the regression head."""
+        if self.two_stage:
+            raise self._lacks("a regression head at all places")
+        return _boxes_of(self.model.head.regression_head(list(self._maps(features).values())))
 
     def detect(self, images: Images) -> list[Detections]:
         """The library's own inference."""
@@ -204,6 +215,19 @@ class TorchvisionDetector(Detector):
         if device not in self._tables:  # made once: a copy to a GPU would wait for it in every step
             self._tables[device] = torch.tensor(self.labels, device=device)
         return self._tables[device]
+
+
+def _pool(pool: Any, maps: OrderedDict[str, Tensor], boxes: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
+    """Cuts the boxes out of the levels that there are; the library's module remembers those of its first call."""
+    names = [name for name in pool.featmap_names if name in maps]
+    if names != list(pool.featmap_names):
+        pool = MultiScaleRoIAlign(names, pool.output_size, pool.sampling_ratio)
+    return pool(maps, list(boxes), [image_size] * len(boxes))
+
+
+def _boxes_of(output: Any) -> Tensor:
+    """FCOS answers with boxes and how central they are."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _set_size(model: Any, size: tuple[int, int] | None) -> None:

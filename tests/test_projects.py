@@ -37,19 +37,6 @@ def load(repository: Path, name: str, project: str = "classification"):
     return module
 
 
-class Pool:
-    """A pool of processes that works here and now."""
-
-    def __init__(self, *_, **__): ...
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_): ...
-    def submit(self, function, *arguments):
-        result = function(*arguments)
-        return type("Job", (), {"result": lambda job: result})()
-
-
 @pytest.fixture
 def train_net(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -195,65 +182,11 @@ def test_the_published_teacher_has_its_accuracy(repository, shared_data, cifar10
     assert record["top5"] == pytest.approx(91.94, abs=0.05)
 
 
-def test_quickstart_prints_its_table(repository, monkeypatch, tmp_path, capsys):
-    quickstart = load(repository, "quickstart")
-    numbers = {"alone": 90.0, "kd": 92.0, "graph_kd": 94.0}
-    calls = []
-
-    def train(files, bindings, output, log):
-        calls.append((tuple(files), tuple(bindings), output))
-        top1 = 99.0 if output.name == "teacher" else numbers.get(output.parent.name.lower(), 94.0) + int(output.name[-1])
-        record = {"top1": top1, "agreement": top1}
-        results = {"student": "resnet20", "final": record, "best": {"top1": top1 + 1}, "seconds": 2.0}
-        output.mkdir(parents=True)
-        (output / "results.json").write_text(json.dumps(results))
-        return results
-
-    monkeypatch.setattr(quickstart, "train", train)
-    monkeypatch.setattr(quickstart, "ProcessPoolExecutor", Pool)
-    assert quickstart.main(["--gin", "gin/quickstart_classification.gin", "--output", str(tmp_path)]) == 0
-    assert len(calls) == 1 + 9
-    shown = capsys.readouterr().out
-    # seeds 0, 1, 2 add 0, 1, 2: mean + 1, standard deviation 1
-    assert "91.00 ± 1.00" in shown
-    assert "92.00 ± 1.00" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "report.html").stat().st_size > 1000
-    assert quickstart.main(["--gin", "x.gin", "--seeds", "0"]) == 2
-
-
-def test_detection_quickstart_from_end_to_end(repository, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
-    quickstart = load(repository, "quickstart", "detection")
-    monkeypatch.setattr(quickstart, "ProcessPoolExecutor", Pool)
-    small = ["DigitScenes.size = 32", "DigitScenes.num_train = 4", "DigitScenes.num_test = 2", "DigitScenes.scale = (0.4, 0.8)"]
-    small += ["EPOCHS = 2", "BATCH_SIZE = 2", "Trainer.log_every = 1"]
-    small += ["DetectorNetwork.options = {'fpn_channels': 32, 'norm': 'batch', 'trainable_layers': 5}"]
-    bindings = [part for binding in small for part in ("--set", binding)]
-    options = ["--gin", "gin/quickstart_detection.gin", "--output", str(tmp_path), "--device", "cpu", *bindings]
-    assert quickstart.main([*options, "--seeds", "0"]) == 2
-    capsys.readouterr()
-    assert quickstart.main([*options, "--seeds", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "Teacher: " in shown
-    assert "AP last" in shown
-    rows = [line.split("|")[1].strip() for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|")]
-    assert rows[2:] == ["alone", "distilled"]
-    results = {name: json.loads((tmp_path / name / "results.json").read_text()) for name in ("teacher", "alone/seed0", "distilled/seed0")}
-    assert [result["steps"] for result in results.values()] == [4, 4, 4]
-    records = [json.loads(line) for line in (tmp_path / "distilled/seed0/metrics.jsonl").read_text().splitlines()]
-    losses = {name.split("/")[1] for record in records for name in record if name.startswith("loss/")}
-    assert {"task", "channels", "patches"} <= losses
-    page = (tmp_path / "distilled" / "seed0" / "report.html").read_text()
-    for heading in ("Learning curves", "Classes", "Detections", "Graphs of student and teacher", "Configuration"):
-        assert f"<h2>{heading}</h2>" in page
-    assert "<h2>Graphs" not in (tmp_path / "alone" / "seed0" / "report.html").read_text()
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("report.html", "detections.png"))
-
-
 @pytest.mark.parametrize("project", ["classification", "detection"])
-def test_train_net_is_thin(repository, project):
-    lines = (repository / "projects" / project / "train_net.py").read_text().splitlines()
-    assert len(lines) < 65
+@pytest.mark.parametrize("program", ["train_net", "quickstart"])
+def test_clients_are_thin(repository, project, program):
+    lines = (repository / "projects" / project / f"{program}.py").read_text().splitlines()
+    assert len(lines) < 30
 
 
 def test_help_names_the_options(train_net, capsys):

@@ -15,6 +15,7 @@ from gkd.errors import UserError
 USER_ERROR = 2
 VERBS = {
     "train": "train, distil, evaluate and export a student, as gin files say",
+    "trial": "train a teacher, then its student by several methods and seeds, and compare",
     "sweep": "run an ablation, cell by cell, and compare",
 }
 

@@ -73,6 +73,11 @@ class Job:
             return Outcome(json.loads(self.folder.results.read_text()), None, -1)
         return Outcome(None, self._reason(code), -1)
 
+    def last_line(self) -> str:
+        """The last complete line that it printed, empty where there is none yet."""
+        text = (self.folder.path / "output.txt").read_text(errors="replace")
+        return text.rpartition("\n")[0].rpartition("\n")[2]
+
     def stop(self, wait: bool = True) -> None:
         """Asks it to write a checkpoint and end; makes it end where it does not in time."""
         if self._process.poll() is None:

@@ -38,13 +38,14 @@ class Commands:
     def train(self, point: Point, seed: int) -> list[str]:
         """Trains a cell."""
         options = ["--seed", str(seed)] if self.sweep.reports else ["--seed", str(seed), "--no-report"]
-        return [*_command(self.files(point), self.bindings(point, self.sweep.teacher_weights)), *options]
+        return [*train_command(self.files(point), self.bindings(point, self.sweep.teacher_weights)), *options]
 
     def train_teacher(self) -> list[str]:
         """Trains the teacher."""
-        return _command(self.sweep.teacher, self.of_teacher)
+        return train_command(self.sweep.teacher, self.of_teacher)
 
 
-def _command(files: Sequence[str], bindings: Sequence[str]) -> list[str]:
+def train_command(files: Sequence[str], bindings: Sequence[str]) -> list[str]:
+    """The command that trains what the files and bindings configure, without its run folder."""
     options = [option for file in files for option in ("--gin", file)] + [option for line in bindings for option in ("--set", line)]
     return [sys.executable, "-m", "gkd", "train", *options]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from gkd.distill import Distiller
 from gkd.engine import RunFolder, Trainer
 from gkd.engine.folder import package_versions
 from gkd.errors import UserError
-from gkd.models import Teacher
+from gkd.models import Teacher, load_weights
 from gkd.tasks.made import check_weights
 from gkd.tasks.precision import evaluate_detector
 from gkd.tasks.task import Task
+
+SHOWN = 6  # images of a comparison
 
 
 class Detection(Task):
@@ -148,6 +150,17 @@ class Detection(Task):
             detections.box_section(stored, true, {"student": self.detector.detect(stored)}, self.data.classes),
             detections.graph_section(self.distiller, images, targets),
         ]
+
+    def comparison(self, students: Mapping[str, Path]) -> list[str]:
+        """What the teacher and each student detect beside the true boxes."""
+        from gkd.viz import detections
+
+        stored, true, _ = next(iter(self.batches("test", SHOWN, resized=False)))
+        detected = {} if self.teacher_detector is None else {"teacher": self.teacher_detector.detect(stored)}
+        for name, path in students.items():
+            load_weights(self.student, path)
+            detected[name] = self.detector.detect(stored)
+        return [detections.box_section(stored, true, detected, self.data.classes)]
 
     def _check_data(self) -> None:
         """What a network learns beside boxes must be in the data."""

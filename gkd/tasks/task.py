@@ -110,6 +110,10 @@ class Task(ABC):
         """What the report of this task shows beside what every report has: sections of HTML, made with `gkd.viz`."""
         return []
 
+    def comparison(self, students: Mapping[str, Path]) -> list[str]:
+        """Sections that show several students side by side on test images, from their student.safetensors by name."""
+        return []
+
     def save(self, folder: RunFolder) -> list[Path]:
         """Writes the student and returns the files, in the order of their worth to a user."""
         save_student(folder.student, self.student, self.description_of_student())

@@ -19,7 +19,7 @@ import gin.config as gin_config
 import gin.config_parser as config_parser
 
 from gkd.arguments import ArgumentError, check_arguments, describe_value
-from gkd.errors import UserError
+from gkd.errors import UserError, did_you_mean
 from gkd.sources import find_source, read_source
 
 PARTS = ("graphs", "losses", "models", "distill", "data", "engine", "tasks", "detection", "detection.d2", "sweep")
@@ -181,7 +181,7 @@ class Config:
             known = _parameters(selector)
             raise UserError(
                 f"Expected a parameter of {selector} in {place} (got {parameter!r}; it has {', '.join(known) or 'none'})."
-                f"{_did_you_mean(difflib.get_close_matches(parameter, known))}"
+                f"{did_you_mean(difflib.get_close_matches(parameter, known))}"
             ) from error
         complete = gin_config.ParsedBindingKey.parse((scope, selector, parameter)).complete_selector
         self._history.append(Binding((scope, complete, parameter), value, place, len(self._history)))
@@ -200,7 +200,7 @@ class Config:
                 if selector == MACRO and scope not in macros:
                     raise UserError(
                         f"Expected a value for %{scope}, which {binding.name} in {binding.place} uses (got none)."
-                        f"{_did_you_mean('%' + name for name in difflib.get_close_matches(scope, macros))}"
+                        f"{did_you_mean('%' + name for name in difflib.get_close_matches(scope, macros))}"
                     )
 
     def _check_circles(self) -> None:
@@ -254,7 +254,7 @@ class Config:
             near = [name for binding in lost for name in difflib.get_close_matches(binding.name, known, n=2)]
             raise UserError(
                 f"Expected every binding to reach an object that {root} is built from (got {listed}, which nothing reads)."
-                f"{_did_you_mean(near)} Correct the name or the scope, or remove the binding."
+                f"{did_you_mean(near)} Correct the name or the scope, or remove the binding."
             )
 
     def _explain_value(self, error: _WrongValueError) -> str:
@@ -378,7 +378,7 @@ def _check_name(selector: str, place: str) -> None:
     if matches:
         raise UserError(f"Expected one object named {selector} in {place} (got {', '.join(matches)}). Write more of the name.")
     near = difflib.get_close_matches(selector, _registered)
-    raise UserError(f"Expected the name of a class or function in {place} (got {selector!r}).{_did_you_mean(near)}")
+    raise UserError(f"Expected the name of a class or function in {place} (got {selector!r}).{did_you_mean(near)}")
 
 
 def _parameters(selector: str) -> list[str]:
@@ -421,8 +421,3 @@ def _explain(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def _did_you_mean(names: Iterable[str]) -> str:
-    listed = list(dict.fromkeys(names))
-    return f" Did you mean {' or '.join(listed)}?" if listed else ""

@@ -8,10 +8,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: says what was expected, what was got and what to do."""
 
 
-def close_matches(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """Words the names that come close as a question, with a space before it; empty where none does."""
-    near = get_close_matches(name, list(dict.fromkeys(candidates)), n=count)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+def did_you_mean(names: Iterable[str]) -> str:
+    """Words names that come close as a question, with a space before it; empty where there is none."""
+    listed = list(dict.fromkeys(names))
+    return f" Did you mean {' or '.join(listed)}?" if listed else ""
 
 
 def unknown_name(what: str, name: str, candidates: Iterable[str]) -> str:
@@ -22,4 +22,5 @@ def unknown_name(what: str, name: str, candidates: Iterable[str]) -> str:
         "Expected a key of 'weights' to be one of graph, kd (got 'grahp'). Did you mean 'graph'?"
     """
     candidates = list(candidates)
-    return f"Expected {what} to be one of {', '.join(candidates) or '(there are none)'} (got '{name}').{close_matches(name, candidates)}"
+    near = did_you_mean(map(repr, get_close_matches(name, candidates)))
+    return f"Expected {what} to be one of {', '.join(candidates) or '(there are none)'} (got '{name}').{near}"

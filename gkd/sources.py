@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from gkd.errors import UserError
+from gkd.errors import UserError, did_you_mean
 
 # The recipes are called gin/... everywhere: in a checkout they lie there, in an installation inside the package.
 _PACKAGED = Path(__file__).with_name("recipes")
@@ -34,7 +34,7 @@ def find_source(name: str, asked_by: str, beside: Path | None = None) -> Path:
     folder = candidates[-1].parent
     near = difflib.get_close_matches(path.name, [file.name for file in folder.glob("*.gin")] if folder.is_dir() else [])
     places = dict.fromkeys(str(place.parent) for place in candidates)
-    meant = f" Did you mean {' or '.join(str(path.parent / file) for file in near)}?" if near else ""
+    meant = did_you_mean(str(path.parent / file) for file in near)
     raise UserError(f"Expected the configuration file {name}, asked for by {asked_by} (got no such file in {' or '.join(places)}).{meant}")
 
 

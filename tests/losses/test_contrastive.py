@@ -206,3 +206,30 @@ def test_errors():
     hkd.build(features[0].shape, features[1].shape)
     with pytest.raises(ValueError, match="Expected a batch of at least 5"):
         hkd(*features)
+
+
+def test_crd_keeps_the_normalisation_of_the_first_batch_of_the_training():
+    loss = make_crd(num_samples=30)
+    student, teacher = torch.randn(4, 3, 2, 2), torch.randn(4, 5, 2, 2)
+    loss.eval()(student, teacher, torch.arange(4))
+    assert loss.log_norm.isnan().all()
+    loss.train()(student, teacher, torch.arange(4))
+    first = loss.log_norm.clone()
+    assert first.isfinite().all()
+    loss(5 * student, teacher.flip(0), torch.arange(4, 8))
+    assert torch.equal(loss.log_norm, first)
+
+
+def test_hkd_takes_its_edges_without_gradient():
+    loss = HKDLoss(k=2, embedding_dim=4)
+    loss.build(torch.Size((6, 3, 2, 2)), torch.Size((6, 5, 2, 2)))
+    seen = []
+    loss.nodes.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    loss(torch.randn(6, 3, 2, 2, requires_grad=True), torch.randn(6, 5, 2, 2)).backward()
+    assert seen == [False, False]
+
+
+def test_hkd_on_diverged_features_is_nan():
+    loss = HKDLoss(k=2, embedding_dim=4)
+    loss.build(torch.Size((6, 3, 2, 2)), torch.Size((6, 5, 2, 2)))
+    assert loss(torch.full((6, 3, 2, 2), float("nan")), torch.randn(6, 5, 2, 2)).isnan()

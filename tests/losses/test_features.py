@@ -277,3 +277,15 @@ def test_errors():
         OFDLoss(momentum=0.0)
     with pytest.raises(ValueError, match="Expected mean and std"):
         ofd_margin(torch.zeros(2), torch.zeros(3))
+
+
+@pytest.mark.parametrize(("most", "width"), [(512, 8), (3, 3)])
+def test_review_hands_on_the_width_of_the_deepest_student_stage(most, width):
+    loss = ReviewKDLoss(max_mid_channels=most, pooled=False)
+    students = {"low": torch.Size((2, 4, 8, 8)), "high": torch.Size((2, 8, 4, 4))}
+    teachers = {"low": torch.Size((2, 16, 8, 8)), "high": torch.Size((2, 32, 4, 4))}
+    loss.build(students, teachers)
+    assert [fusion.reduce[0].in_channels for fusion in loss.fusions] == [4, 8]
+    assert [fusion.reduce[0].out_channels for fusion in loss.fusions] == [width, width]
+    assert [fusion.expand[0].out_channels for fusion in loss.fusions] == [16, 32]
+    assert [fusion.attention is not None for fusion in loss.fusions] == [True, False]

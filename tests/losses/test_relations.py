@@ -239,3 +239,19 @@ def test_errors():
         RKDLoss()(draw(2, 3, 4), draw(2, 3, 4))
     with pytest.raises(ValueError, match="Expected equally many stages"):
         irg_loss([], [])
+
+
+def test_ickd_of_dead_channels_by_both_ways():
+    """Eight channels of 2 x 2 pixels, of which some are dead, go by products with pixels; of 3 x 3 pixels by channels."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 8, 2, 2, generator=generator) for _ in range(2))
+    student[0, :3], teacher[0, 2:5], teacher[1] = 0, 0, 0
+    student.requires_grad_()
+    value = ickd_loss(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    # pixels of zeros change no product of channels
+    wider = [torch.nn.functional.pad(x, (0, 1, 0, 1)) for x in (student, teacher)]
+    expected = ickd_loss(*wider)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+    assert gradient.isfinite().all()

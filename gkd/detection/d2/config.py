@@ -13,7 +13,7 @@ from torch import nn
 
 from gkd.detection.d2.backbones import MOBILENETS, MobileNetBackbone, register_backbones
 from gkd.detection.d2.files import parse_config
-from gkd.errors import UserError
+from gkd.errors import UserError, did_you_mean
 
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *MOBILENETS)
@@ -78,7 +78,7 @@ def find_config(source: str) -> Path:
             return folder / path
     known = [str(file.relative_to(folder)) for folder in folders for suffix in ("yaml", "py") for file in folder.glob(f"*/*.{suffix}")]
     near = difflib.get_close_matches(str(path), known, n=2)
-    listed = f" Did you mean {' or '.join(near)}?" if near else ""
+    listed = did_you_mean(near)
     raise UserError(
         f"Expected a .yaml or LazyConfig .py file, {', '.join(ARCHITECTURES)}, or a name of its model zoo (got {source!r}).{listed}"
     )

@@ -20,6 +20,13 @@ settings.register_profile("long", max_examples=2000, deadline=None, suppress_hea
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Few examples, the same ones every time, unless HYPOTHESIS_PROFILE=long asks for many new ones.
+EVERY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=20, derandomize=True, database=None, **EVERY)
+settings.register_profile("long", max_examples=2000, **EVERY)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, which take minutes")
 

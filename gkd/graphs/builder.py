@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 from gkd.graphs.cache import static_tensors
 from gkd.graphs.edge_index import Edges, check_edge_index, complete_index, num_pairs
 from gkd.graphs.edges import CompleteEdges
-from gkd.graphs.encodings import add_node_attribute
+from gkd.graphs.encodings import add_attribute
 from gkd.graphs.layout import Layout, slices_of, uniform_layout
 from gkd.graphs.nodes import Nodes
 from gkd.graphs.spectral import FACTOR, Spectrum
@@ -233,7 +233,7 @@ def encode(graph: Batch, encoding: nn.Module | None) -> Batch:
     pe = encoding(graph)
     if pe.dim() == 0 or pe.shape[0] != graph.x.shape[0]:
         raise ValueError(f"Expected an encoding with one row for each of {graph.x.shape[0]} nodes (got {list(pe.shape)})")
-    return add_node_attribute(graph, "pe", pe)
+    return add_attribute(graph, "pe", pe)
 
 
 class _BatchIndex(NamedTuple):

@@ -11,7 +11,7 @@ from gkd.graphs.values import under_a_mode
 
 Build = Callable[..., tuple[Tensor, ...]]
 
-_MOST_BYTES = 2**26  # of all the tensors that are kept
+_MOST_BYTES = 3 * 2**25  # of all the tensors that are kept
 
 
 def static_tensors(build: Build, *key: object) -> tuple[Tensor, ...]:

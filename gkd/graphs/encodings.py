@@ -287,24 +287,25 @@ class AddEncoding(BaseTransform):
             dtype = x.dtype if x.is_floating_point() else pe.dtype
             graph.x = torch.cat([x.to(dtype), pe.to(dtype)], dim=-1)
             return graph
-        return add_node_attribute(graph, self.attr_name or "x", pe)
+        return add_attribute(graph, self.attr_name or "x", pe)
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.encoding!r}, attr_name={self.attr_name!r})"
 
 
-def add_node_attribute(graph: Data, name: str, value: Tensor) -> Data:
-    """Gives a graph one more value per node; a Batch also learns where it belongs, so that taking the batch apart keeps it.
+def add_attribute(graph: Data, name: str, value: Tensor, like: str = "x") -> Data:
+    """Gives a graph one more value per node or edge; a Batch also learns where it belongs, so that taking the batch apart keeps it.
 
     Args:
         graph: A graph or a batch; changed in place, except for the tables of slices, which a shallow copy may share.
         name: Name of the attribute.
-        value: A row for every node.
+        value: A row for every node or edge.
+        like: An attribute that is divided among the graphs in the same way.
     """
     graph[name] = value
     slices = getattr(graph, "_slice_dict", None)
     if isinstance(graph, Batch) and slices is not None:
-        nodes = slices["x"] if "x" in slices else graph.ptr.cpu()
-        graph._slice_dict = {**slices, name: nodes}
-        graph._inc_dict = {**graph._inc_dict, name: torch.zeros(nodes.numel() - 1, dtype=torch.long)}
+        parts = slices[like] if like in slices else graph.ptr.cpu()
+        graph._slice_dict = {**slices, name: parts}
+        graph._inc_dict = {**graph._inc_dict, name: torch.zeros(parts.numel() - 1, dtype=torch.long)}
     return graph

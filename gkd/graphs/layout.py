@@ -22,7 +22,8 @@ class Layout(NamedTuple):
 
     def compact(self, value: Tensor) -> Tensor:
         """Gathers the rows of nodes: [B, n, ...] -> [N, ...]."""
-        return value.reshape(-1, *value.shape[2:]) if self.slot is None else value.flatten(0, 1).index_select(0, self.slot)
+        rows = value.flatten(0, 1)
+        return rows if self.slot is None else rows.index_select(0, self.slot)
 
     def pad(self, value: Tensor) -> Tensor:
         """Spreads the rows of nodes, zeros where no node is: [N, ...] -> [B, n, ...]."""

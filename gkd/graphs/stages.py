@@ -11,6 +11,7 @@ from gkd.graphs.arguments import one_of
 from gkd.graphs.attention import AttentionEdges
 from gkd.graphs.builder import GraphBuilder, build_batch, build_on, encode, prune
 from gkd.graphs.edge_index import Edges
+from gkd.graphs.encodings import add_attribute
 from gkd.graphs.nodes import Nodes
 
 
@@ -34,7 +35,8 @@ class StageGraph(nn.Module):
 
     Shapes:
         - **features** {stage: what its node class takes}; **output**: ``x`` [N, d], ``stage`` [N] long, ``edge_index`` [2, E],
-          ``edge_weight`` [E], ``batch`` [N], ``ptr`` [B + 1], and ``pos`` [N, p] if all stages have positions of p numbers
+          ``edge_weight`` [E], ``edge_type`` [E] long (source stage * number of stages + target stage, as RGCNConv takes it),
+          ``batch`` [N], ``ptr`` [B + 1], and ``pos`` [N, p] if all stages have positions of p numbers
 
     Raises:
         ValueError: If stages are missing or unknown, differ in the number of graphs or in the length of their rows, if a builder has an
@@ -109,7 +111,9 @@ class StageGraph(nn.Module):
         else:
             graph = build_batch(nodes, self._own_edges(parts, projected, nodes.x.shape[1]), **attributes)
             graph = graph if static or nodes.mask is not None else prune(graph)
-        return encode(graph, self.encoding)
+        source, target = graph.edge_index
+        edge_type = graph.stage[source] * len(self.stages) + graph.stage[target]
+        return encode(add_attribute(graph, "edge_type", edge_type, like="edge_index"), self.encoding)
 
     @property
     def _builders(self) -> list[GraphBuilder]:

@@ -23,7 +23,7 @@ from gkd.graphs import (
     RegionNodes,
     to_dense,
 )
-from gkd.graphs.encodings import add_node_attribute
+from gkd.graphs.encodings import add_attribute
 from gkd.graphs.testing import fixture_features
 
 BOXES = [
@@ -140,7 +140,7 @@ def test_batch_equals_singles(nodes, edges):
     together = build(nodes, edges, (features, *others))
     together.validate()
     for encoding in encodings_of(edges):
-        add_node_attribute(together, encoding, ENCODINGS[encoding]()(together))
+        add_attribute(together, encoding, ENCODINGS[encoding]()(together))
     singles = together.to_data_list()
     assert len(singles) == len(features)
     for number, single in enumerate(singles):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
+from torch_geometric.nn import RGCNConv
 
 from gkd.graphs import (
     AttentionEdges,
@@ -126,6 +127,20 @@ def test_shared_topology(cross, static):
         A = to_dense(other)[0]
         both = (A != 0) & (own != 0)
         torch.testing.assert_close(A[both], own[both])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_types_of_edges(static):
+    graph = three_stages(pairs="all")(features(), static=static)
+    source, target = graph.edge_index
+    assert torch.equal(torch.div(graph.edge_type, 3, rounding_mode="floor"), graph.stage[source])
+    assert torch.equal(graph.edge_type % 3, graph.stage[target])
+    assert graph.edge_type.unique().tolist() == list(range(9))
+    single = graph[1]
+    assert torch.equal(single.edge_type, graph.edge_type[graph.batch[source] == 1])
+    conv = RGCNConv(4, 2, num_relations=9).double()
+    assert conv(graph.x, graph.edge_index, graph.edge_type).shape == (graph.num_nodes, 2)
+    assert torch.equal(three_stages(pairs="all")(features(), topology=graph).edge_type, graph.edge_type)
 
 
 @pytest.mark.parametrize("cross", [AttentionEdges(k=3), KNNEdges(k=3, metric="euclidean")], ids=repr)

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gkd.errors import UserError
@@ -65,11 +66,16 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], in
         if arguments.debug or message is None:
             traceback.print_exc()
         else:
-            print(f"{parser.prog}: {message}", file=sys.stderr)
+            _tell(f"{parser.prog}: {message}")
         return code
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; what the last checkpoint holds is kept.", file=sys.stderr)
+        _tell(f"{parser.prog}: interrupted; what the last checkpoint holds is kept.")
         return 128 + signal.SIGINT
+
+
+def _tell(message: str) -> None:
+    with suppress(OSError):  # the terminal may be what ended the training
+        print(message, file=sys.stderr, flush=True)
 
 
 def _explain(error: Exception) -> tuple[int, str | None]:

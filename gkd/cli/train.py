@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace, making: Sequence[str] = ()) -> None:
     fabric = task.trainer.fabric
     folder = RunFolder((arguments.output or Path("runs") / Path(arguments.gin[-1]).stem).expanduser())
     if arguments.eval_only:
-        fabric.print(f"Evaluating {task.load(folder)}")
-        fabric.print(json.dumps(task.evaluate()))
+        task.trainer.say(f"Evaluating {task.load(folder)}")
+        task.trainer.say(json.dumps(task.evaluate()))
     else:
         if fabric.is_global_zero:
             folder.prepare(resume=arguments.resume, overwrite=arguments.overwrite)
@@ -63,9 +63,9 @@ def run(arguments: argparse.Namespace, making: Sequence[str] = ()) -> None:
         if results is None:
             return
         if fabric.is_global_zero and not arguments.no_report:
-            fabric.print(f"Wrote {write_report(folder, task)}")
+            task.trainer.say(f"Wrote {write_report(folder, task)}")
     if fabric.is_global_zero and arguments.export:
-        fabric.print(f"Wrote {task.export(arguments.export, folder)}")
+        task.trainer.say(f"Wrote {task.export(arguments.export, folder)}")
 
 
 def build_task(arguments: argparse.Namespace) -> tuple[Config, Task]:

@@ -62,7 +62,7 @@ class Detection(Task):
         super().__init__(DigitScenes() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         self.backend, note = choose_backend(backend)
         if note is not None:
-            self.trainer.fabric.print(note)
+            self.trainer.say(note)
         self.initial_weights = student.setting("weights", self.backend.name)
         for network in (student, *([] if teacher is None else [teacher])):
             check_weights(network.setting("weights", self.backend.name), network.recipe)

@@ -1,6 +1,6 @@
 """Disturbs small trainings in every way that a machine knows, and counts what is lost.
 
-    python projects/reliability/torture.py [--kills 100] [--others 20] [--seed 0]
+    python -m projects.reliability.torture [--kills 100] [--others 21] [--seed 0]
 
 Every disturbed run goes on with ``gkd train --resume`` and has to give, bit for bit, the student, the records and the results of an
 undisturbed one. The table it prints is that of the README beside this file.
@@ -92,7 +92,7 @@ def two_writers(bench: Bench, draw: random.Random, path: Path) -> Tally:
     stands_still = draw.random() < 0.5
     if stands_still:
         first.send(signal.SIGSTOP)
-    second = Bench.start(bench, path, draw.choice(("--resume", "--overwrite")))
+    second = bench.start(path, draw.choice(("--resume", "--overwrite")))
     refused = second.wait() == 2 and f"the process {first.pid}" in second.text()
     if stands_still:
         first.send(signal.SIGCONT)

@@ -219,6 +219,42 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, repository):
     assert_close(toy.log(tmp_path / "one"), toy.log(tmp_path / "two"))
 
 
+ONE_IS_STOPPED = """
+import os, signal, sys, time
+from functools import partial
+from pathlib import Path
+from gkd.engine import Interrupted
+from gkd.engine.folder import RunFolder
+from tests.engine import toy
+
+trainer = toy.trainer(log_every=1000)
+rank = trainer.fabric.global_rank
+
+def slow(call):
+    time.sleep(0.7)
+    if rank == 1 and call == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+try:
+    batches = partial(toy.batches, rank=rank, world_size=2)
+    trainer.fit(toy.Task(toy.Toy(dropout=0.0, norm=False, hook=slow), batches, splits=()), RunFolder(Path(sys.argv[1])))
+except Interrupted as interrupted:
+    Path(f"{sys.argv[1]}.{rank}").write_text(str(interrupted.signum))
+"""
+
+
+def test_processes_stop_together_long_before_the_next_record(tmp_path, repository):
+    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    script = tmp_path / "train.py"
+    script.write_text(ONE_IS_STOPPED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"run.{rank}").read_text() for rank in (0, 1)] == [str(int(signal.SIGTERM))] * 2
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert 2 <= state["position"]["step"] <= 6
+
+
 def test_sigterm_ends_a_command_with_its_code(tmp_path, capsys):
     model = lambda: toy.Toy(hook=lambda call: call == 2 and os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
     code = run(argparse.ArgumentParser("toy"), lambda arguments: toy.fit(tmp_path / "run", make=model), [])

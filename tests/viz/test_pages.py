@@ -34,6 +34,11 @@ RESULTS = {
     "peak_memory": 3 * 2**29,
     "processes": 1,
     "parameters": {"student": 78042, "teacher": 272474, "distillation": 5600},
+    "teacher": {"split": "test", "top1": 76.5, "top5": 97.0, "loss": 1.1},
+    "cost": {
+        "student": {"parameters": 78042, "flops": 25.5e6, "latency_ms": 1.25},
+        "teacher": {"parameters": 272474, "flops": None, "latency_ms": None},
+    },
     "versions": {"gkd": "0.1.0", "torch": "2.6"},
     "device": {"type": "cpu", "name": "x86_64", "threads": 2},
 }
@@ -150,6 +155,14 @@ def test_report_of_a_folder(folder):
         assert shown in page.text
     for shown in ("78,042", "5,600", "torch 2.6", "cpu, x86_64", "KNNEdges.k = 3  # <k> & more"):
         assert shown in page.text
+
+
+def test_the_teacher_and_what_both_networks_cost():
+    page = render_report("run", RESULTS, [], CONFIG)
+    assert "resnet8, taught by resnet20" in page
+    assert re.search(r"teacher&#x27;s top-1.*76\.50", page, re.DOTALL)
+    assert "78,042 parameters, 0.0255 GFLOP, 1.25 ms" in page
+    assert ">272,474 parameters<" in page
 
 
 def test_report_with_all_pictures():

@@ -36,11 +36,11 @@ class Classification(Task):
         teacher: The network to learn from; None trains the student alone, which is how a teacher is made.
         data: Images with classes; the embedded digits by default.
         distiller: Called with the student, the teacher and the image size.
-        mix: Mixes the training images of a batch, and their classes. None: no mixing.
         trainer: The settings of the training.
         batch_size: Images in a step, over all processes.
         eval_batch_size: Images in a step of an evaluation, over all processes.
         seed: Seed of the weights, the order and the augmentation of the images.
+        mix: Mixes the training images of a batch, and their classes. None: no mixing.
 
     Raises:
         UserError: If the parts do not fit together.
@@ -61,11 +61,11 @@ class Classification(Task):
         teacher: Network | None = None,
         data: Any = None,
         distiller: Callable[..., Distiller] = Distiller,
-        mix: Mix | None = None,
         trainer: Trainer | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 256,
         seed: int = 0,
+        mix: Mix | None = None,
     ) -> None:
         super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         self.network, self.name, self.initial_weights, self.mix = student, student.name, student.weights, mix

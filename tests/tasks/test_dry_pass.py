@@ -53,7 +53,7 @@ def task(weights, terms=None, ramps=None, data=None, **settings) -> Classificati
         Network("resnet8", weights=weights) if weights else None,
         images,
         distiller,
-        Trainer(**{**defaults, **settings}),
+        trainer=Trainer(**{**defaults, **settings}),
         batch_size=12,
     )
 

@@ -58,6 +58,14 @@ class Backend(ABC):
             weights: Its state_dict, as safetensors.
         """
 
+    def export(self, detector: Detector, kind: str, folder: Path) -> Path:
+        """Writes the network in another format, ``'onnx'`` or ``'torch'``, compares its boxes, and returns the file.
+
+        Raises:
+            UserError: If the library's detectors cannot be written so.
+        """
+        raise UserError(f"Expected a detector of torchvision for --export {kind} (got one of {self.name}, which has its own exporter)")
+
 
 def choose_backend(backend: str | Backend | None = None) -> tuple[Backend, str | None]:
     """Finds the back end: the one named, or else Detectron2 where it can be imported, or else torchvision.

@@ -139,6 +139,10 @@ class Detection(Task):
         self.detector.save(path)
         return [path, *super().save(folder)]
 
+    def export(self, kind: str, folder: RunFolder) -> Path:
+        """Writes the student in another format and checks that it finds the same boxes."""
+        return self.backend.export(self.detector, kind, folder.path)
+
     def sections(self) -> list[str]:
         """Precision of every class, boxes detected beside the true ones, graphs of patches and regions."""
         from gkd.viz import detections

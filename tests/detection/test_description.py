@@ -143,3 +143,22 @@ def test_what_is_no_detector(tmp_path):
 def test_the_file_holds_what_the_model_holds(tmp_path):
     detector, _ = written("fcos", tmp_path)
     assert load_file(tmp_path / "student.safetensors").keys() == detector.model.state_dict().keys()
+
+
+def test_exported_detectors_find_the_same_boxes(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    detector, _ = written("faster_rcnn", tmp_path)
+    onnx = BACKEND.export(detector, "onnx", tmp_path)
+    program = BACKEND.export(detector, "torch", tmp_path)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
+    assert {output.name for output in session.get_outputs()} == {"boxes", "scores", "labels"}
+    image = stored_images()[1]
+    (ours,) = detector.detect([image])
+    assert len(ours.boxes) > 0
+    (boxes,) = session.run(["boxes"], {"image": (image / 255).numpy()})
+    torch.testing.assert_close(torch.from_numpy(boxes), ours.boxes, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.jit.load(program)([image / 255])[1][0]["boxes"], ours.boxes, atol=1e-3, rtol=0)
+    with pytest.raises(UserError, match="'onnx' or 'torch'"):
+        BACKEND.export(detector, "caffe", tmp_path)

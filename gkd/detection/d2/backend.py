@@ -29,7 +29,7 @@ from gkd.detection.d2.evaluation import evaluate_with_detectron2
 from gkd.detection.d2.files import parse_config
 from gkd.detection.d2.weights import config_of_weights, is_of_detectron2, load_backbone, load_detector
 from gkd.detection.description import described_weights, inference_size
-from gkd.detection.interface import DetectorNetwork
+from gkd.detection.interface import Detector, DetectorNetwork
 from gkd.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -115,6 +115,13 @@ class Detectron2Backend(Backend):
         load_detector(model, str(weights))
         size = None if description["size"] is None else (description["size"][0], description["size"][1])
         return Detectron2Detector(model.eval(), config, description["labels"], description["names"], size)
+
+    def export(self, detector: Detector, kind: str, folder: Path) -> Path:
+        """Detectron2 exports its models itself."""
+        raise UserError(
+            f"Expected Detectron2's own exporter for --export {kind} (got a model of Detectron2): run its tools/deploy/export_model.py "
+            f"with --config-file {folder / 'student.yaml'} MODEL.WEIGHTS {folder / 'student.pth'}"
+        )
 
     def _build(self, network: DetectorNetwork, data: Any, is_teacher: bool) -> Detectron2Detector:
         weights, backbone_weights = self._weights(network)

@@ -88,7 +88,11 @@ def _check_targets(content: Any, source: str) -> None:
 
     for target in _targets(content):
         # A name may lead through a module to what that has imported: where the object comes from counts too.
-        if not target.startswith(PACKAGES) or not f"{getattr(locate(target), '__module__', '')}.".startswith(PACKAGES):
+        try:
+            home = f"{getattr(locate(target), '__module__', '')}." if target.startswith(PACKAGES) else ""
+        except ImportError:
+            home = ""
+        if not home.startswith(PACKAGES):
             raise UserError(
                 f"Expected a configuration that builds parts of {', '.join(package[:-1] for package in PACKAGES)} alone in {source} (got "
                 f"{target}). If you trust it, name the LazyConfig it comes from as DetectorNetwork.config."

@@ -15,8 +15,9 @@ from torchvision.models.detection import faster_rcnn
 from gkd.detection.backend import Backend
 from gkd.detection.classes import class_positions, match_classes
 from gkd.detection.description import described_weights, inference_size, resolved
-from gkd.detection.interface import DetectorNetwork
+from gkd.detection.interface import Detector, DetectorNetwork
 from gkd.detection.torchvision.detector import TorchvisionDetector
+from gkd.detection.torchvision.export import export_onnx, export_script
 from gkd.detection.torchvision.networks import CLASSES, Plan, build_builtin, build_network
 from gkd.detection.torchvision.pyramids import downloaded
 from gkd.errors import UserError
@@ -95,6 +96,15 @@ class TorchvisionBackend(Backend):
         _load(model, read_weights(weights))
         size = None if description["size"] is None else (description["size"][0], description["size"][1])
         return TorchvisionDetector(model.eval(), description["labels"], plan, size, description["names"])
+
+    def export(self, detector: Detector, kind: str, folder: Path) -> Path:
+        """ONNX, or for torch TorchScript, which takes detectors as they are."""
+        writers = {"onnx": (export_onnx, "student.onnx"), "torch": (export_script, "student.pt")}
+        if kind not in writers:
+            raise UserError(f"Expected the export 'onnx' or 'torch' (got {kind!r})")
+        write, name = writers[kind]
+        write(detector.model, detector.describe()["size"] or (256, 256), folder / name)
+        return folder / name
 
     def _build(self, network: DetectorNetwork, data: Any, is_teacher: bool) -> TorchvisionDetector:
         weights, imagenet = (network.setting(name, self.name) for name in ("weights", "backbone_weights"))

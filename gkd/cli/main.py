@@ -8,16 +8,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from gkd.errors import UserError
+from gkd.cli.edge import SIGNAL, explain
+from gkd.cli.streams import outlive_readers
 
-USER_ERROR = 2
 VERBS = {
     "train": "train, distil, evaluate and export a student, as gin files say",
     "trial": "train a teacher, then its student by several methods and seeds, and compare",
+    "predict": "classes, boxes or masks of images, by a run's student",
+    "compare": "a table and a page of several runs",
     "sweep": "run an ablation, cell by cell, and compare",
+    "report": "write a run's report again",
+    "taps": "the places of a network that distillation can look at",
+    "methods": "the methods with their gin files, papers and published figures",
 }
 
 
@@ -57,37 +61,20 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], in
     """
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
+    outlive_readers()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's own package.module:factory, and imports in gin files
     try:
         return work(arguments) or 0
     except Exception as error:
-        code, message = _explain(error)
+        code, message = explain(error)
         if arguments.debug or message is None:
             traceback.print_exc()
         else:
-            _tell(f"{parser.prog}: {message}")
+            print(f"{parser.prog}: {message}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
-        _tell(f"{parser.prog}: interrupted; what the last checkpoint holds is kept.")
-        return 128 + signal.SIGINT
-
-
-def _tell(message: str) -> None:
-    with suppress(OSError):  # the terminal may be what ended the training
-        print(message, file=sys.stderr, flush=True)
-
-
-def _explain(error: Exception) -> tuple[int, str | None]:
-    """Exit code and message; no message for a defect of the code, whose traceback is wanted."""
-    from gkd.engine import Interrupted, NonFiniteLossError
-
-    if isinstance(error, Interrupted):
-        return 128 + error.signum, str(error)
-    if isinstance(error, NonFiniteLossError):
-        return 1, str(error)
-    if isinstance(error, UserError):
-        return USER_ERROR, str(error)
-    if isinstance(error, ValueError):  # a value may turn out to be wrong only once there are features
-        return USER_ERROR, f"{error} (--debug shows where)"
-    return 1, None
+        print(f"{parser.prog}: interrupted; what the last checkpoint holds is kept.", file=sys.stderr)
+        return SIGNAL + signal.SIGINT
+    finally:
+        sys.stdout.flush()

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gkd.data import Digits, Mix
@@ -19,7 +20,8 @@ from gkd.models import class_order
 from gkd.tasks.accuracy import ClassifierEvaluator
 from gkd.tasks.export import export_onnx, export_program
 from gkd.tasks.made import check_weights
-from gkd.tasks.network import Network
+from gkd.tasks.network import Network, load_student
+from gkd.tasks.predictors import ClassPredictor, Predictor
 from gkd.tasks.task import Task
 
 MOST_CONFUSED = 50_000  # images that the confusion matrix is counted from, about
@@ -158,6 +160,11 @@ class Classification(Task):
             "mean": [float(value) for value in self.data.mean],
             "std": [float(value) for value in self.data.std],
         }
+
+    @classmethod
+    def predictor(cls, path: Path, device: torch.device, trust: bool = False) -> Predictor:
+        """See :meth:`Task.predictor`."""
+        return ClassPredictor(*load_student(path, trust=trust), device)
 
     def sections(self) -> list[str]:
         """Graphs and attention on test images, and what is taken for what."""

@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gkd.data import DetectionData, DigitScenes, UnreadableImageError
-from gkd.detection import Backend, Detector, DetectorNetwork, Regions, choose_backend
+from gkd.detection import Backend, Detector, DetectorNetwork, Regions, choose_backend, read_detector
 from gkd.detection.networks import DetectorPair, TaskLosses
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Trainer
@@ -17,6 +19,7 @@ from gkd.errors import UserError
 from gkd.models import Teacher, load_weights
 from gkd.tasks.made import check_weights
 from gkd.tasks.precision import evaluate_detector
+from gkd.tasks.predictors import BoxPredictor, Predictor
 from gkd.tasks.task import Task
 
 SHOWN = 6  # images of a comparison
@@ -142,6 +145,11 @@ class Detection(Task):
     def export(self, kind: str, folder: RunFolder) -> Path:
         """Writes the student in another format and checks that it finds the same boxes."""
         return self.backend.export(self.detector, kind, folder.path)
+
+    @classmethod
+    def predictor(cls, path: Path, device: torch.device, trust: bool = False) -> Predictor:
+        """See :meth:`Task.predictor`."""
+        return BoxPredictor(*read_detector(path, trust=trust), device)
 
     def sections(self) -> list[str]:
         """Precision of every class, boxes detected beside the true ones, graphs of patches and regions."""

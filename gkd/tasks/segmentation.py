@@ -24,6 +24,7 @@ from gkd.models import Teacher, load_weights, read_logits
 from gkd.models.modes import evaluating
 from gkd.models.names import near
 from gkd.tasks.export import export_onnx, export_program
+from gkd.tasks.predictors import MaskPredictor, Predictor
 from gkd.tasks.task import Task
 
 AUXILIARY_WEIGHT = 0.5  # of the second classifier that torchvision's networks may have, as in its reference training
@@ -206,6 +207,11 @@ class Segmentation(Task):
             "mean": [float(value) for value in self.data.mean],
             "std": [float(value) for value in self.data.std],
         }
+
+    @classmethod
+    def predictor(cls, path: Path, device: torch.device, trust: bool = False) -> Predictor:
+        """See :meth:`Task.predictor`."""
+        return MaskPredictor(*load_segmenter(path), device)
 
     def sections(self) -> list[str]:
         """Masks beside the true ones, and the graphs of the terms."""

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gkd.distill import Distiller
@@ -19,6 +20,7 @@ from gkd.engine.folder import count_parameters, describe_machine, peak_memory, s
 from gkd.errors import UserError
 from gkd.tasks.cost import measure_cost
 from gkd.tasks.dry_pass import dry_pass
+from gkd.tasks.predictors import Predictor
 
 
 class Task(ABC):
@@ -118,6 +120,17 @@ class Task(ABC):
         """Writes the student and returns the files, in the order of their worth to a user."""
         save_student(folder.student, self.student, self.description_of_student())
         return [folder.student]
+
+    @classmethod
+    def predictor(cls, path: Path, device: torch.device, trust: bool = False) -> Predictor:
+        """What `gkd predict` does with a student of this task.
+
+        Args:
+            path: The student's safetensors file.
+            device: Where it computes.
+            trust: Whether the file may name a network of one's own.
+        """
+        raise UserError(f"Expected a task whose student predicts (got {cls.__name__})")
 
     def export(self, kind: str, folder: RunFolder) -> Path:
         """Writes the student in another format, ``'onnx'`` or ``'torch'``, and checks that it computes the same."""

@@ -105,7 +105,7 @@ def test_every_method_is_in_methods_gin():
     used = {
         part for choices in read(ROOT / "gin/ablation/methods.gin").axes["method"].values() for part in choices if part.endswith(".gin")
     }
-    detection = {"cwd", "dsig", "fgd", "mgd", "pkd", "sekd_detection"}
+    detection = {"crosskd", "cwd", "dsig", "fgd", "ld", "mask_kd", "mgd", "pkd", "sekd_detection"}
     assert used == {f"gin/methods/{path.name}" for path in (ROOT / "gin/methods").glob("*.gin") if path.stem not in detection}
 
 

@@ -27,7 +27,7 @@ def benchmark(*bindings: str):
 def test_every_method_of_classifiers_has_a_row():
     shipped = benchmark()
     used = {part for recipe in shipped.recipes().values() for part in recipe if part.startswith("gin/methods/")}
-    detection = {"cwd", "dsig", "fgd", "mgd", "pkd", "sekd_detection"}
+    detection = {"crosskd", "cwd", "dsig", "fgd", "ld", "mask_kd", "mgd", "pkd", "sekd_detection"}
     assert used == {f"gin/methods/{path.name}" for path in (ROOT / "gin/methods").glob("*.gin") if path.stem not in detection}
     assert set(shipped.bounds) == set(LOSSES)
     names = list(shipped.recipes())

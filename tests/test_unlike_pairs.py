@@ -22,7 +22,7 @@ PAIRS = {
     ),
     "convnext_vit": (32, {**VIT, "img_size": 32, "patch_size": 4}, {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
 }
-DETECTION = ("cwd", "dsig", "fgd", "mgd", "pkd", "sekd_detection")
+DETECTION = ("crosskd", "cwd", "dsig", "fgd", "ld", "mask_kd", "mgd", "pkd", "sekd_detection")
 METHODS = sorted(path.stem for path in RECIPES.glob("methods/*.gin") if path.stem not in DETECTION)
 CLASSES, BATCH = 5, 10
 REST = ["EPOCHS = 1", "LR = 0.01", "WEIGHT_DECAY = 0.0", f"BATCH_SIZE = {BATCH}"]

@@ -26,14 +26,13 @@ from gkd.losses.logits import (
     KDLoss,
     LogitMSELoss,
     SigmoidKDLoss,
-    StandardizedLogits,
     dist_loss,
     dkd_loss,
     kd_loss,
     logit_mse_loss,
     sigmoid_kd_loss,
-    standardize_logits,
 )
+from gkd.losses.mlkd import MLKDLoss, mlkd_loss
 from gkd.losses.regions import DsigLoss, FGDLoss, GlobalContext, fgd_focal_loss, foreground_mask, instance_graph_loss
 from gkd.losses.relations import (
     CCLoss,
@@ -52,6 +51,7 @@ from gkd.losses.relations import (
 )
 from gkd.losses.review import ReviewKDLoss, hcl_loss
 from gkd.losses.spectral import SpectralLoss, heat_loss, projector_loss, residual_loss, spectrum_loss
+from gkd.losses.standardized import StandardizedLogits, standardize_logits
 from gkd.losses.term import GraphTerm, Term
 from gkd.losses.vertices import MessageLoss, VertexLoss, vertex_loss
 
@@ -79,6 +79,7 @@ __all__ = [
     "LDLoss",
     "LogitMSELoss",
     "MGDLoss",
+    "MLKDLoss",
     "MaskKDLoss",
     "MessageLoss",
     "NSTLoss",
@@ -120,6 +121,7 @@ __all__ = [
     "ld_loss",
     "logit_mse_loss",
     "mask_kd_loss",
+    "mlkd_loss",
     "node_attention",
     "nst_loss",
     "ofd_loss",

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd.losses.inputs import check_same_shape, in_full_precision, sigmoid_divergence
-from gkd.losses.term import Term
 
 __all__ = [
     "DISTLoss",
@@ -13,17 +12,16 @@ __all__ = [
     "KDLoss",
     "LogitMSELoss",
     "SigmoidKDLoss",
-    "StandardizedLogits",
     "dist_loss",
     "dkd_loss",
     "kd_loss",
     "logit_mse_loss",
     "sigmoid_kd_loss",
-    "standardize_logits",
 ]
 
 
-def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+def check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    """Asks for logits of equal shapes."""
     if student_logits.dim() != 2:
         raise ValueError(f"Expected logits [B, K] (got {tuple(student_logits.shape)})")
     check_same_shape(student_logits, teacher_logits)
@@ -31,7 +29,7 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, temperature: f
         raise ValueError(f"Expected a temperature above 0 (got {temperature})")
 
 
-def _check_classes(student_logits: Tensor, target: Tensor | None = None) -> None:
+def check_classes(student_logits: Tensor, target: Tensor | None = None) -> None:
     """Asks for classes of which an image has one: their probabilities come from a softmax."""
     hint = "for one logit, or for several labels of an image, take SigmoidKDLoss"
     if student_logits.shape[1] < 2:
@@ -42,7 +40,7 @@ def _check_classes(student_logits: Tensor, target: Tensor | None = None) -> None
         raise ValueError(f"Expected one class of every image, or probabilities that add up to 1 (got labels {tuple(target.shape)}): {hint}")
 
 
-def _divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
     """Kullback-Leibler divergence of log-probabilities, summed over classes and averaged over the batch (0 for an empty one)."""
     return F.kl_div(student_log, teacher_log, reduction="sum", log_target=True) / max(student_log.shape[0], 1)
 
@@ -74,10 +72,10 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
         >>> kd_loss(logits, logits + 5.0).abs().item() < 1e-6
         True
     """
-    _check_logits(student_logits, teacher_logits, temperature)
-    _check_classes(student_logits)
+    check_logits(student_logits, teacher_logits, temperature)
+    check_classes(student_logits)
     student_log, teacher_log = ((z / temperature).log_softmax(1) for z in (student_logits, teacher_logits.detach()))
-    return _divergence(student_log, teacher_log) * temperature**2
+    return kl_divergence(student_log, teacher_log) * temperature**2
 
 
 @in_full_precision
@@ -115,9 +113,9 @@ def dkd_loss(
     References:
         Zhao, Cui, Song, Qiu, Liang: Decoupled Knowledge Distillation, CVPR 2022.
     """
-    _check_logits(student_logits, teacher_logits, temperature)
+    check_logits(student_logits, teacher_logits, temperature)
     batch, classes = student_logits.shape
-    _check_classes(student_logits)
+    check_classes(student_logits)
     if target is None or target.shape != (batch,) or target.is_floating_point():
         got = None if target is None else f"{tuple(target.shape)} {target.dtype}"
         raise ValueError(
@@ -136,7 +134,7 @@ def dkd_loss(
 
     student_binary, student_rest = split(student_logits)
     teacher_binary, teacher_rest = split(teacher_logits.detach())
-    loss = alpha * _divergence(student_binary, teacher_binary) + beta * _divergence(student_rest, teacher_rest)
+    loss = alpha * kl_divergence(student_binary, teacher_binary) + beta * kl_divergence(student_rest, teacher_rest)
     return loss * temperature**2
 
 
@@ -181,8 +179,8 @@ def dist_loss(
     References:
         Huang, You, Wang, Qian, Xu: Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
     """
-    _check_logits(student_logits, teacher_logits, temperature)
-    _check_classes(student_logits)
+    check_logits(student_logits, teacher_logits, temperature)
+    check_classes(student_logits)
     if student_logits.shape[0] < 2:
         raise ValueError(f"Expected at least 2 images (got {tuple(student_logits.shape)})")
     student, teacher = ((z / temperature).softmax(1) for z in (student_logits, teacher_logits.detach()))
@@ -201,7 +199,7 @@ def sigmoid_kd_loss(
 ) -> Tensor:
     r"""Compares the chances that labels apply, one by one: for several labels of an image, or for one logit of two classes.
 
-    .. math:: rac{T^2}{|M|} \sum_{(b, k) \in M} \mathrm{KL}ig(p^t_{bk} \,\|\, p^s_{bk}ig), \quad p = \sigma(z / T)
+    .. math:: \frac{T^2}{|M|} \sum_{(b, k) \in M} \mathrm{KL}\big(p^t_{bk} \,\|\, p^s_{bk}\big), \quad p = \sigma(z / T)
 
     with the logistic function :math:`\sigma` and two outcomes for each label, over all labels M that are not ignored. The mean over the
     labels is that of :class:`torch.nn.BCEWithLogitsLoss`, beside which it stands.
@@ -250,28 +248,8 @@ def logit_mse_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     References:
         Ba, Caruana: Do Deep Nets Really Need to be Deep?, NeurIPS 2014.
     """
-    _check_logits(student_logits, teacher_logits, 1.0)
+    check_logits(student_logits, teacher_logits, 1.0)
     return (student_logits - teacher_logits.detach()).square().sum() / max(student_logits.numel(), 1)
-
-
-@in_full_precision
-def standardize_logits(logits: Tensor, eps: float = 1e-7) -> Tensor:
-    r"""Gives the logits of every image mean 0 and standard deviation 1 (unbiased); constant logits become 0.
-
-    .. math:: (z - \bar z) / (\mathrm{std}(z) + \epsilon)
-
-    Shapes:
-        - **logits** [B, K] with K at least 2; **output** [B, K]
-
-    Raises:
-        ValueError: If there are fewer than two classes.
-
-    References:
-        Sun, Ren, Li, Wang, Cao: Logit Standardization in Knowledge Distillation, CVPR 2024.
-    """
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"Expected logits [B, K] of at least 2 classes (got {tuple(logits.shape)})")
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + eps)
 
 
 class KDLoss(nn.Module):
@@ -285,7 +263,7 @@ class KDLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """Returns the loss; target is only looked at, to refuse several labels of an image."""
-        _check_classes(student_logits, target)
+        check_classes(student_logits, target)
         return kd_loss(student_logits, teacher_logits, self.temperature)
 
     def extra_repr(self) -> str:
@@ -324,7 +302,7 @@ class DISTLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """Returns the loss; target is only looked at, to refuse several labels of an image."""
-        _check_classes(student_logits, target)
+        check_classes(student_logits, target)
         return dist_loss(student_logits, teacher_logits, self.beta, self.gamma, self.temperature)
 
     def extra_repr(self) -> str:
@@ -358,32 +336,3 @@ class LogitMSELoss(nn.Module):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """Returns the loss; target is not used."""
         return logit_mse_loss(student_logits, teacher_logits)
-
-
-class StandardizedLogits(nn.Module):
-    """Standardises both networks' logits before another logit loss, see :func:`standardize_logits`.
-
-    Args:
-        loss: The logit loss that compares what is left: shapes, not scales.
-
-    Raises:
-        TypeError: If loss does not compare logits.
-
-    Examples:
-        >>> loss = StandardizedLogits(KDLoss(temperature=2.0))
-        >>> logits = torch.tensor([[3.0, 1.0, 0.0]])
-        >>> loss(logits, 10 * logits).item() < 1e-6
-        True
-    """
-
-    level = "logits"
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        if Term.of(loss).level != "logits":
-            raise TypeError(f"Expected a loss of level 'logits' (got {type(loss).__name__})")
-        self.loss = loss
-
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """Returns the inner loss of the standardised logits."""
-        return self.loss(standardize_logits(student_logits), standardize_logits(teacher_logits.detach()), target)

@@ -14,13 +14,12 @@ from gkd.losses.logits import (
     KDLoss,
     LogitMSELoss,
     SigmoidKDLoss,
-    StandardizedLogits,
     dist_loss,
     dkd_loss,
     kd_loss,
     sigmoid_kd_loss,
-    standardize_logits,
 )
+from gkd.losses.standardized import StandardizedLogits, standardize_logits
 
 LOSSES = [KDLoss(), LogitMSELoss(), DKDLoss(), DISTLoss(), StandardizedLogits(KDLoss(2.0)), StandardizedLogits(DKDLoss(temperature=2.0))]
 

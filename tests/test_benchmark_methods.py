@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from gkd.config import ROOT, configure
+from gkd.config import configure
 from gkd.losses import ATLoss, ICKDLoss, RKDLoss, SPLoss
 
+ROOT = Path(__file__).resolve().parents[1]
 FILE = "gin/benchmark/methods.gin"
 LOSSES = {"AT": ATLoss, "SP": SPLoss, "RKD": RKDLoss, "ICKD": ICKDLoss}
 

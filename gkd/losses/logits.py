@@ -40,6 +40,16 @@ def check_classes(student_logits: Tensor, target: Tensor | None = None) -> None:
         raise ValueError(f"Expected one class of every image, or probabilities that add up to 1 (got labels {tuple(target.shape)}): {hint}")
 
 
+def check_target(target: Tensor | None, batch: int, method: str) -> None:
+    """Asks for the true class of every image."""
+    if target is None or target.shape != (batch,) or target.is_floating_point():
+        got = None if target is None else f"{tuple(target.shape)} {target.dtype}"
+        raise ValueError(
+            f"Expected target classes [{batch}] of an integer type (got {got}): {method} needs the true class of every image; "
+            "for several labels of an image, take SigmoidKDLoss"
+        )
+
+
 def kl_divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:
     """Kullback-Leibler divergence of log-probabilities, summed over classes and averaged over the batch (0 for an empty one)."""
     return F.kl_div(student_log, teacher_log, reduction="sum", log_target=True) / max(student_log.shape[0], 1)
@@ -116,12 +126,7 @@ def dkd_loss(
     check_logits(student_logits, teacher_logits, temperature)
     batch, classes = student_logits.shape
     check_classes(student_logits)
-    if target is None or target.shape != (batch,) or target.is_floating_point():
-        got = None if target is None else f"{tuple(target.shape)} {target.dtype}"
-        raise ValueError(
-            f"Expected target classes [{batch}] of an integer type (got {got}): DKD needs the true class of every image; "
-            "for several labels of an image, take SigmoidKDLoss"
-        )
+    check_target(target, batch, "DKD")
     true = target.long().unsqueeze(1)
     rest = torch.arange(classes - 1, device=true.device).expand(batch, -1)
     rest = rest + (rest >= true)

@@ -11,7 +11,7 @@ RUN := $(ENV)/bin/python
 STAMP := $(ENV)/.gkd-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-classification test test-detectron2 torture lint format clean
+.PHONY: help setup quickstart quickstart-classification test test-detectron2 torture docs lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F @ '{ printf "%-34s%s\n", $$1, $$2 }'
@@ -44,6 +44,10 @@ test-detectron2: setup ## the tests of Detectron2's detectors, with DETECTRON2=/
 
 torture: setup ## kill small trainings, fill their disk and send second writers, and count what is lost: some minutes
 	$(RUN) -m projects.reliability.torture $(TORTURE_ARGS)
+
+docs: setup ## the site, into docs/_build/html; warnings are errors, nothing is fetched
+	$(RUN) -m pip install $(PIP_ARGS) --quiet --editable '.[docs]'
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 lint: setup ## style and types
 	$(RUN) -m ruff check .

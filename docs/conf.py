@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pygments.lexers import PythonLexer
+from sphinx.highlighting import lexers
+
 import gkd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +49,7 @@ def losses_table() -> str:
     return "".join(f"```{{eval-rst}}\n.. autoclass:: gkd.losses.{name}\n```\n\n" for name in names)
 
 
+lexers["gin"] = PythonLexer()  # its syntax is all but Python's
 GENERATED.mkdir(exist_ok=True)
 (GENERATED / "methods.md").write_text(method_table())
 (GENERATED / "losses.md").write_text(losses_table())

@@ -119,7 +119,7 @@ def test_own_networks_and_images_as_the_readme_says(repository, tmp_path, monkey
             for index in range(number):
                 pixels = torch.randint(256, (72, 80, 3), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / part / name / f"{index}.png")
-    text = (repository / "projects" / "classification" / "README.md").read_text()
+    text = (repository / "docs" / "classification.md").read_text()
     section = re.search(r"^## Your own networks and images\n(.*?)^## ", text, re.M | re.S)[1]
     for block in re.finditer(r"^```(?:python|gin)\n(.*?)^```", section, re.M | re.S):
         name = re.findall(r"`(\w+\.(?:py|gin))`", section[: block.start()])[-1]

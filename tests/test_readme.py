@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"  # The examples of gkd/graphs/README.md run in tests/graphs.
-READMES = [README, *sorted((ROOT / "gkd").rglob("README.md")), *sorted((ROOT / "projects").rglob("README.md"))]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_" not in path.relative_to(ROOT / "docs").parts[0][:1])
+READMES = [README, *sorted((ROOT / "gkd").rglob("README.md")), *sorted((ROOT / "projects").rglob("README.md")), *PAGES]
+VERB = re.compile(r"^(?:torchrun .* -m )?gkd (\w+)(.*)$", re.M)
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -45,3 +47,19 @@ def test_the_files_that_a_readme_names_exist(path):
     missing = [target for target in linked if not (path.parent / target).exists()]
     missing += [target for target in named if not (ROOT / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", [README, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_commands_of_a_page_are_parsed(path):
+    """Every `gkd VERB ...` of a code block has a verb and options that exist."""
+    import argparse
+    import importlib
+    import shlex
+
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", path.read_text(), re.M | re.S)
+    commands = [match for block in blocks for match in VERB.findall(block.replace("\\\n", " "))]
+    for verb, options in commands:
+        module = importlib.import_module(f"gkd.cli.{verb}")
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        parser.parse_args(shlex.split(options, comments=True))

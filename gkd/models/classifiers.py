@@ -25,14 +25,12 @@ LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "ch
 def build_classifier(name: str, num_classes: int = 1000, weights: Weights = None, **options: Any) -> nn.Module:
     """Builds a classifier by name.
 
-    | name | network |
-    |-|-|
-    | `resnet20`, `wrn_40_2`, `vgg13`, `ShuffleV2`, ... | the CRD zoo for 32x32 images (gkd.models.cifar) |
-    | `resnet34`, `vit_b_16`, ... | any classifier of torchvision |
-    | `torchvision:vgg13` | the same, for the names that the CRD zoo has too |
-    | `timm:NAME`, `timm:hf-hub:OWNER/NAME`, `timm:FOLDER` | any model of timm, where it is installed |
-    | `transformers:OWNER/NAME`, `transformers:FOLDER` | any image classifier of transformers, where it is installed |
-    | `package.module:factory` | your own: `factory(num_classes=..., **options)` returns the network |
+    * ``resnet20``, ``wrn_40_2``, ``vgg13``, ``ShuffleV2``, ...: the CRD zoo for 32x32 images (gkd.models.cifar).
+    * ``resnet34``, ``vit_b_16``, ...: any classifier of torchvision.
+    * ``torchvision:vgg13``: the same, for the names that the CRD zoo has too.
+    * ``timm:NAME``, ``timm:hf-hub:OWNER/NAME``, ``timm:FOLDER``: any model of timm, where it is installed.
+    * ``transformers:OWNER/NAME``, ``transformers:FOLDER``: any image classifier of transformers, where it is installed.
+    * ``package.module:factory``: your own; ``factory(num_classes=..., **options)`` returns the network.
 
     Names are case-sensitive: `ResNet50` is the CRD zoo's, `resnet50` torchvision's. Weights for another number of classes are taken but for
     the last layer, which is drawn at random; a warning says so.

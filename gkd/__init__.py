@@ -1,3 +1,3 @@
 """Graph-based knowledge distillation in computer vision, built on PyTorch Geometric."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

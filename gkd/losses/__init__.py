@@ -2,6 +2,7 @@
 
 from gkd.losses.attention import channel_attention, feature_attention, node_attention, spatial_attention
 from gkd.losses.contrastive import CRDLoss, HKDLoss, crd_loss, info_nce_loss, sample_negatives
+from gkd.losses.ctkd import CTKDLoss, ctkd_loss, scale_gradient
 from gkd.losses.detection import CWDLoss, DenseKDLoss, MGDLoss, PKDLoss, cwd_loss, dense_kd_loss, pkd_loss
 from gkd.losses.edges import EdgeLoss, adjacency_loss, edge_loss, factor_loss
 from gkd.losses.encodings import EncodingLoss, encoding_loss
@@ -50,6 +51,7 @@ from gkd.losses.relations import (
     sp_loss,
 )
 from gkd.losses.review import ReviewKDLoss, hcl_loss
+from gkd.losses.rld import RLDLoss, rld_loss
 from gkd.losses.spectral import SpectralLoss, heat_loss, projector_loss, residual_loss, spectrum_loss
 from gkd.losses.standardized import StandardizedLogits, standardize_logits
 from gkd.losses.term import GraphTerm, Term
@@ -59,6 +61,7 @@ __all__ = [
     "ATLoss",
     "CCLoss",
     "CRDLoss",
+    "CTKDLoss",
     "CWDLoss",
     "CrossKDLoss",
     "DISTLoss",
@@ -87,6 +90,7 @@ __all__ = [
     "PKDLoss",
     "PKTLoss",
     "RKDLoss",
+    "RLDLoss",
     "ReviewKDLoss",
     "SPLoss",
     "SigmoidKDLoss",
@@ -100,6 +104,7 @@ __all__ = [
     "cc_loss",
     "channel_attention",
     "crd_loss",
+    "ctkd_loss",
     "cwd_loss",
     "dense_kd_loss",
     "dist_loss",
@@ -132,7 +137,9 @@ __all__ = [
     "residual_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",
+    "rld_loss",
     "sample_negatives",
+    "scale_gradient",
     "sigmoid_kd_loss",
     "sp_loss",
     "spatial_attention",

@@ -56,6 +56,7 @@ from gkd.losses.spectral import SpectralLoss, heat_loss, projector_loss, residua
 from gkd.losses.standardized import StandardizedLogits, standardize_logits
 from gkd.losses.term import GraphTerm, Term
 from gkd.losses.vertices import MessageLoss, VertexLoss, vertex_loss
+from gkd.losses.vkd import VkDLoss, vkd_loss
 
 __all__ = [
     "ATLoss",
@@ -99,6 +100,7 @@ __all__ = [
     "Term",
     "VIDLoss",
     "VertexLoss",
+    "VkDLoss",
     "adjacency_loss",
     "at_loss",
     "cc_loss",
@@ -147,4 +149,5 @@ __all__ = [
     "standardize_logits",
     "vertex_loss",
     "vid_loss",
+    "vkd_loss",
 ]

@@ -112,7 +112,9 @@ class DetectionBenchmark:
         backend, _ = choose_backend("torchvision")
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "teacher.pth"
-            classes = SimpleNamespace(num_classes=self.num_classes, category_ids=range(1, self.num_classes + 1))
+            numbers = range(1, self.num_classes + 1)
+            names = tuple(map(str, numbers))
+            classes = SimpleNamespace(num_classes=self.num_classes, category_ids=numbers, classes=names, min_size=(64,), max_size=64)
             backend.build_student(DetectorNetwork(self.architecture, self.teacher), classes).save(weights)
             settings = [
                 "Detection.backend = 'torchvision'",

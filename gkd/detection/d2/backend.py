@@ -11,7 +11,6 @@ from gkd.detection.backend import Backend
 from gkd.detection.classes import class_positions, match_classes
 from gkd.detection.d2.config import (
     build_detector,
-    class_names,
     norm_of,
     num_classes_of,
     read_config,
@@ -24,6 +23,7 @@ from gkd.detection.d2.config import (
     update_config,
     use_torchvision_layout,
 )
+from gkd.detection.d2.data import class_names
 from gkd.detection.d2.detector import Detectron2Detector
 from gkd.detection.d2.evaluation import evaluate_with_detectron2
 from gkd.detection.d2.files import parse_config

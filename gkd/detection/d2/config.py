@@ -256,23 +256,6 @@ def set_inference(config: Any, size: tuple[int, int] | None) -> None:
         config.INPUT.MIN_SIZE_TEST, config.INPUT.MAX_SIZE_TEST = size
 
 
-def class_names(config: Any) -> tuple[str, ...] | None:
-    """Names of the classes of the data that the configuration was trained on, where Detectron2's catalog has them."""
-    from detectron2.data import MetadataCatalog
-
-    if is_lazy(config):
-        from omegaconf import OmegaConf
-
-        names = OmegaConf.select(config, "dataloader.train.dataset.names") or ()
-    else:
-        names = config.DATASETS.TRAIN
-    name = names if isinstance(names, str) else next(iter(names), None)
-    if name is None or name not in MetadataCatalog.list():
-        return None
-    found = MetadataCatalog.get(name).get("thing_classes")
-    return None if found is None else tuple(found)
-
-
 def set_norm(config: Any, norm: str, freeze_at: int | None = None) -> None:
     """Sets the norm layers of the backbone and, where given, how many of its stages are frozen."""
     if not is_lazy(config):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from gkd.data.annotations import normalise
 from gkd.data.detection import DetectionData
 from gkd.data.images import read_image
-from gkd.detection.d2.config import require_detectron2
+from gkd.detection.d2.config import is_lazy, require_detectron2
 from gkd.errors import UserError
 
 
@@ -100,6 +100,23 @@ def _of_records(records: Sequence[Mapping[str, Any]], categories: Sequence[Mappi
             category = categories[one["category_id"]]["id"]
             objects.append({"id": len(objects) + 1, "image_id": number, "category_id": category, "bbox": box, **kept})
     return {"images": images, "annotations": objects, "categories": categories}
+
+
+def class_names(config: Any) -> tuple[str, ...] | None:
+    """Names of the classes of the data that the configuration was trained on, where Detectron2's catalog has them."""
+    from detectron2.data import MetadataCatalog
+
+    if is_lazy(config):
+        from omegaconf import OmegaConf
+
+        names = OmegaConf.select(config, "dataloader.train.dataset.names") or ()
+    else:
+        names = config.DATASETS.TRAIN
+    name = names if isinstance(names, str) else next(iter(names), None)
+    if name is None or name not in MetadataCatalog.list():
+        return None
+    found = MetadataCatalog.get(name).get("thing_classes")
+    return None if found is None else tuple(found)
 
 
 def register_coco(json_file: str | Path, image_root: str | Path) -> str:

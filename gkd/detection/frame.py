@@ -24,7 +24,7 @@ def resampled(
         - **maps** [B, C, h, w]; **output** [B, C, h', w'], with as many values to a pixel of `resized` as before
     """
     device = next(iter(maps.values())).device
-    extent = torch.tensor(sizes, device=device, dtype=torch.float32).view(-1, 1, 1, 2).flip(3)
+    extent = torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True).view(-1, 1, 1, 2).flip(3)
     laid = {}
     for level, map_ in maps.items():
         rows, columns = (max(1, round(map_.shape[2 + axis] * image_size[axis] / resized[axis])) for axis in (0, 1))

@@ -13,6 +13,7 @@ from gkd.detection.regions import Regions, grid_candidates, mine_background, pad
 from gkd.detection.watch import watched
 from gkd.distill import NetworkPair
 from gkd.errors import UserError
+from gkd.graphs.values import constant
 from gkd.models.modes import evaluating
 from gkd.models.names import near
 
@@ -149,7 +150,7 @@ class DetectorPair(NetworkPair):
         """Boxes [B, P, 4] that both networks look at, the student's proposals or else the regions, and their classes [B, P]."""
         if output.proposals is None:
             shared = torch.stack(self.regions(None, targets, output)[0])
-            whole = shared.new_tensor([0.0, 0.0, output.image_size[1], output.image_size[0]])
+            whole = constant((0.0, 0.0, output.image_size[1], output.image_size[0]), shared)
             shared = torch.where(shared[..., 2:3] < 0, whole, shared)
         else:
             shared = shared_proposals(output.proposals, self.choice.proposals, output.image_size)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import roi_align
 
 from gkd.graphs import RegionNodes
+from gkd.graphs.values import constant
 
 OUTSIDE = -8.0  # corners of a box that lies before the image: it makes no node
 
@@ -134,8 +135,8 @@ def grid_candidates(features: Tensor, image_size: tuple[int, int], grid: int = 8
     down = (torch.arange(rows, device=features.device) + 0.5) * (height / rows)
     across = (torch.arange(columns, device=features.device) + 0.5) * (width / columns)
     centres = torch.stack((across.repeat(rows), down.repeat_interleave(columns)), dim=1)
-    half = torch.tensor(scales, device=features.device).view(-1, 1, 1) * (min(image_size) / 2)
-    limit = centres.new_tensor([width, height]).repeat(2)
+    half = constant(scales, centres).view(-1, 1, 1) * (min(image_size) / 2)
+    limit = constant((width, height), centres).repeat(2)
     squares = torch.cat((centres - half, centres + half), dim=2).clamp(min=0).minimum(limit).flatten(0, 1)
     order = response.repeat(1, len(scales)).argsort(dim=1, descending=True, stable=True)
     return squares[order]
@@ -149,7 +150,7 @@ def shared_proposals(proposals: Sequence[Tensor], number: int, image_size: tuple
     """
     padded = padded_boxes(proposals)[:, :number]
     padded = torch.cat((padded, _outside(padded.new_empty(padded.shape[0], number - padded.shape[1], 4))), dim=1)
-    whole = padded.new_tensor([0.0, 0.0, image_size[1], image_size[0]])
+    whole = constant((0.0, 0.0, image_size[1], image_size[0]), padded)
     return torch.where((padded[..., 2:3] < 0), whole, padded)
 
 
@@ -167,4 +168,4 @@ def region_labels(regions: Tensor, boxes: Tensor, labels: Sequence[Tensor], num_
 
 
 def _outside(like: Tensor) -> Tensor:
-    return like.new_tensor([OUTSIDE, OUTSIDE, OUTSIDE + 1, OUTSIDE + 1]).expand(like.shape)
+    return constant((OUTSIDE, OUTSIDE, OUTSIDE + 1, OUTSIDE + 1), like).expand(like.shape)

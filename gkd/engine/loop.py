@@ -44,8 +44,8 @@ class Loop:
         if settings.compile:
             compiled = torch.compile(model, mode=settings.compile if isinstance(settings.compile, str) else None)  # type: ignore[assignment]
         self.module, self.optimizer = self.fabric.setup(compiled, self.raw_optimizer)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
+        vary = getattr(task, "sizes_vary", False)
+        torch.backends.cudnn.benchmark = not vary if settings.cudnn_benchmark is None else settings.cudnn_benchmark
 
         self.average = None if settings.ema is None else settings.ema(task.student)
         self.state = TrainingState(model, self.raw_optimizer, settings.autocast, self.average, steps_per_epoch, self.device)

@@ -50,6 +50,8 @@ class Settings:
         clip_norm: Largest norm of the gradient.
         channels_last: Memory format of the module and its images.
         compile: True, or a mode of `torch.compile`.
+        cudnn_benchmark: Let cuDNN try its convolutions for every new size of images and keep the fastest; None: unless the task says that
+            their sizes vary, as `Detection` does.
         log_every: Steps between two records.
         evaluate_every: Epochs between two evaluations; the last step is always followed by one.
         checkpoint_every: Steps between two checkpoints, besides the one after each evaluation.
@@ -77,6 +79,7 @@ class Settings:
         clip_norm: float | None = None,
         channels_last: bool = False,
         compile: bool | str = False,
+        cudnn_benchmark: bool | None = None,
         log_every: int = 50,
         evaluate_every: float = 1,
         checkpoint_every: int | None = None,
@@ -104,6 +107,8 @@ class Settings:
             "check_teacher": check_teacher,
             "find_unused_parameters": find_unused_parameters,
         }
+        if cudnn_benchmark is not None:
+            flags["cudnn_benchmark"] = cudnn_benchmark
         for name, flag in flags.items():
             check_flag(name, flag)
         for name, members in (("loggers", loggers or ()), ("callbacks", callbacks)):
@@ -115,7 +120,7 @@ class Settings:
         self.optimizer = SGD() if optimizer is None else optimizer
         self.schedule = Flat() if schedule is None else schedule
         self.precision, self.accumulate, self.clip_norm = precision, accumulate, clip_norm
-        self.channels_last, self.compile = channels_last, compile
+        self.channels_last, self.compile, self.cudnn_benchmark = channels_last, compile, cudnn_benchmark
         self.log_every, self.evaluate_every = log_every, evaluate_every
         self.checkpoint_every, self.max_steps = checkpoint_every, max_steps
         self.loggers = (TensorBoardLogger(),) if loggers is None else tuple(loggers)

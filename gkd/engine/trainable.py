@@ -19,6 +19,8 @@ class Trainable(Protocol):
         batch_size: Samples in a step over all processes.
         splits: What is evaluated while training, the split that chooses the best checkpoint first; nothing where it is empty.
         score: Number of an evaluation record whose highest value makes the best checkpoint.
+
+    An attribute ``sizes_vary``, where there is one, says whether batches differ in the size of their images.
     """
 
     @property

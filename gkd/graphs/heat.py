@@ -170,7 +170,7 @@ def heat_kernel_signature(eigval: Tensor, eigvec: Tensor, times: Times) -> Tenso
     if eigvec.dim() != 3 or eigval.shape != (eigvec.size(0), eigvec.size(2)):
         raise ValueError(f"Expected 'eigval' [B, K] and 'eigvec' [B, N, K] (got {list(eigval.shape)} and {list(eigvec.shape)})")
     eigval, eigvec = as_float(eigval), as_float(eigvec)
-    times = torch.as_tensor(times, dtype=eigval.dtype, device=eigval.device)
+    times = torch.as_tensor(times, dtype=eigval.dtype).to(eigval.device, non_blocking=True)
     if times.dim() == 0:
         times = times[None]
     if times.dim() != 1:

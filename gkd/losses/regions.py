@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gkd.graphs.nodes import RegionNodes
 from gkd.graphs.precision import as_float, full_precision
 from gkd.graphs.similarity import unit_rows
+from gkd.graphs.values import constant
 from gkd.losses.inputs import as_input, check_maps, check_same_shape, gram, in_full_precision, nan_if_diverged
 
 __all__ = ["DsigLoss", "FGDLoss", "GlobalContext", "fgd_focal_loss", "foreground_mask", "instance_graph_loss"]
@@ -39,7 +40,7 @@ def foreground_mask(boxes: Sequence[Tensor], image_size: tuple[int, int], size: 
     # Padding is a box that starts and ends before the map.
     padded = nn.utils.rnn.pad_sequence([box.float() for box in boxes], batch_first=True, padding_value=-1e6)
     height, width = size
-    scaled = padded * padded.new_tensor([width / image_size[1], height / image_size[0]]).repeat(2)
+    scaled = padded * constant((width / image_size[1], height / image_size[0]), padded).repeat(2)
     low, high = scaled[..., :2].floor(), scaled[..., 2:].ceil()
     weight = 1 / (high - low + 1).prod(2)
     column, row = torch.arange(width, device=padded.device), torch.arange(height, device=padded.device)

@@ -47,6 +47,7 @@ class Task(ABC):
         initial_weights: File or name of the weights that the student started from.
         score: Number of an evaluation whose highest value makes the best checkpoint.
         chance: Score that guessing reaches: a teacher has to be better.
+        sizes_vary: Whether batches differ in the size of their images.
         steps_per_epoch: Batches in an epoch.
 
     Raises:
@@ -60,6 +61,7 @@ class Task(ABC):
     initial_weights: str | None
     score: str
     chance: float = 0.0
+    sizes_vary: bool = False
 
     def __init__(self, data: Any, trainer: Trainer, batch_size: int, eval_batch_size: int, seed: int) -> None:
         self.data, self.trainer, self.seed = data, trainer, seed

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ __all__ = ["StepBenchmark"]
 Choice = str | Sequence[str]  # gin files and bindings
 PRELOAD = ("gkd.engine", "gkd.losses")
 BOUND = ", bound"
+LIMIT = "limit"
 PROBES = 3  # of memory, whose median counts: what an allocator asks for differs by a tenth from run to run
 
 
-def training_step(files: list[str], bindings: list[str]) -> tuple[Run, int]:
-    """A function that takes one step, and the number of parameters that distillation adds."""
+def training_step(files: list[str], bindings: list[str], networks_alone: bool = False) -> tuple[Run, int]:
+    """A function that takes one step, or runs the two networks and the student's backward alone; how many parameters distillation adds."""
     task = configure(files, bindings, (*MODULES, "bounds")).build("Classification")
     trainer, distiller = task.trainer, task.distiller
     if trainer.channels_last:
@@ -47,13 +49,23 @@ def training_step(files: list[str], bindings: list[str]) -> tuple[Run, int]:
         trainer.fabric.backward(torch.stack(list(module(images, targets, index).values())).sum())
         optimizer.step()
 
+    def run_networks() -> None:
+        optimizer.zero_grad()
+        with trainer.fabric.autocast():
+            with torch.no_grad():
+                task.teacher(images)
+            logits = task.student(images)
+        logits.float().sum().backward()
+
+    if networks_alone:
+        return run_networks, 0
     return run, count_parameters(distiller) - count_parameters(task.student)
 
 
-def memory_probe(files: list[str], bindings: list[str], device: str, threads: int) -> float:
+def memory_probe(files: list[str], bindings: list[str], networks_alone: bool, device: str, threads: int) -> float:
     """MiB that two steps need beyond the two networks, optimiser state included; runs in a process of its own."""
     torch.set_num_threads(threads)
-    run, _ = training_step(files, bindings)
+    run, _ = training_step(files, bindings, networks_alone)
     return peak_memory(lambda: (run(), run()), device)
 
 
@@ -82,6 +94,7 @@ class StepBenchmark:
         teacher: Name of the teacher in it.
         methods: gin file, binding or several of either, by name of the row.
         bounds: By the name of a method, a binding that puts the least in place of its loss: a row more, which 'to bound' refers to.
+        limit: A row more: both networks forward and the student backward, without losses and without an optimiser.
         bindings: Further bindings for every row.
         num_classes: Classes of the noise images.
         input_size: Channels, height and width of them.
@@ -97,6 +110,7 @@ class StepBenchmark:
     teacher: str
     methods: Mapping[str, Choice]
     bounds: Mapping[str, str] = field(default_factory=dict)
+    limit: bool = False
     bindings: tuple[str, ...] = ()
     num_classes: int = 100
     input_size: tuple[int, int, int] = (3, 32, 32)
@@ -116,10 +130,11 @@ class StepBenchmark:
             recipes[name] = (choice,) if isinstance(choice, str) else tuple(choice)
             if name in self.bounds:
                 recipes[name + BOUND] = (*recipes[name], self.bounds[name])
-        return recipes
+        return {**recipes, LIMIT: ("gin/methods/kd.gin",)} if self.limit else recipes
 
-    def measure(self) -> list[dict[str, Any]]:
-        """The rows: method, ms, peak_mib and parameters (those that distillation adds)."""
+    @contextmanager
+    def prepared(self) -> Iterator[dict[str, tuple[list[str], list[str]]]]:
+        """Gin files and all bindings of every row, for as long as the teacher's weights lie on the disk."""
         torch.set_num_threads(self.threads)
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "teacher.safetensors"
@@ -136,17 +151,22 @@ class StepBenchmark:
                 "Trainer.channels_last = True",
                 *self.bindings,
             ]
-            files, bindings = {}, {}
+            rows = {}
             for name, parts in self.recipes().items():
-                files[name] = [self.pair, *(part for part in parts if part.endswith(".gin"))]
-                bindings[name] = [*settings, *(part for part in parts if not part.endswith(".gin"))]
-            steps = {name: training_step(files[name], bindings[name]) for name in files}
+                files = [self.pair, *(part for part in parts if part.endswith(".gin"))]
+                rows[name] = files, [*settings, *(part for part in parts if not part.endswith(".gin"))]
+            yield rows
+
+    def measure(self) -> list[dict[str, Any]]:
+        """The rows: method, ms, peak_mib and parameters (those that distillation adds)."""
+        with self.prepared() as rows:
+            steps = {name: training_step(*row, name == LIMIT) for name, row in rows.items()}
             seconds = time_in_turns({name: run for name, (run, _) in steps.items()}, self.repeats, self.device)
             memory = {
                 name: statistics.median(
-                    in_child(memory_probe, files[name], bindings[name], self.device, self.threads, preload=PRELOAD) for _ in range(PROBES)
+                    in_child(memory_probe, *row, name == LIMIT, self.device, self.threads, preload=PRELOAD) for _ in range(PROBES)
                 )
-                for name in files
+                for name, row in rows.items()
             }
         return [
             {"method": name, "ms": 1000 * seconds[name], "peak_mib": memory[name], "parameters": parameters}

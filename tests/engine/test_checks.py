@@ -18,6 +18,7 @@ REFUSED = [
     (Trainer, "clip_norm", [0, -1.0, NAN, INFINITY, "1"]),
     (Trainer, "channels_last", ["False", 0, None]),
     (Trainer, "compile", ["fast", 1]),
+    (Trainer, "cudnn_benchmark", ["False", 0]),
     (Trainer, "find_unused_parameters", ["False"]),
     (SGD, "lr", [0, -0.1, NAN, "0.1"]),
     (SGD, "momentum", [-0.1, 1.0, NAN]),

@@ -146,6 +146,15 @@ def test_channels_last_reaches_model_and_images():
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    ("setting", "sizes_vary", "expected"), [(None, False, True), (None, True, False), (True, True, True), (False, False, False)]
+)
+def test_convolutions_are_not_tried_anew_where_sizes_vary(setting, sizes_vary, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
+    toy.trainer(cudnn_benchmark=setting, max_steps=1).fit(toy.Task(toy.Toy(), sizes_vary=sizes_vary))
+    assert torch.backends.cudnn.benchmark == expected
+
+
 def test_non_finite_loss_is_named_and_keeps_the_good_checkpoint(tmp_path):
     path = tmp_path / "run"
     message = r"NaN or infinity in task at step 7, epoch 2, samples \[12, 13, 14, 15, 16, 17\]\).* last good checkpoint is .*last.pt"

@@ -136,6 +136,7 @@ class Detector(ABC):
             ``p7``.
         two_stage: Whether there are proposals and `class_logits`; else there may be `dense_logits`.
         classes: Names of the classes that the network tells apart, in its own order; None where nobody says.
+        labels: The network's number of every class of the data; None if it has other classes, so that its maps alone are of use.
         has_masks: Whether it segments instances.
         num_keypoints: Keypoints that it finds of an instance; 0 for none.
     """
@@ -144,6 +145,7 @@ class Detector(ABC):
     levels: tuple[str, ...]
     two_stage: bool
     classes: tuple[str, ...] | None = None
+    labels: tuple[int, ...] | None = None
     has_masks: bool = False
     num_keypoints: int = 0
 

@@ -15,7 +15,7 @@ from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
-from gkd.losses.term import ChecksParts, RemembersSamples, Term
+from gkd.losses.term import ChangesWithTime, ChecksParts, RemembersSamples, Term
 from gkd.models import ChannelAdapter, Teacher, read_logits
 
 
@@ -135,15 +135,18 @@ class Distiller(nn.Module):
         self.progress(0.0)
 
     def progress(self, epoch: float) -> None:
-        """Sets the weights to what they are at ``epoch``, which may lie between whole numbers.
+        """Sets weights, and terms that change with time, to what they are at ``epoch``, which may lie between whole numbers.
 
-        There is nothing to checkpoint: the weights are a pure function of the epoch.
+        There is nothing to checkpoint: both are pure functions of the epoch.
         """
         self.weights = {name: schedule(epoch) for name, schedule in self._schedules.items()}
         if self.balance is not None:
             self.weights.update(self.balance.bounded({name: self.weights[name] for name in self.balance.names}))
         self._active = frozenset(name for name, weight in self.weights.items() if weight != 0)
         self._fill_weights()
+        for term in self.terms.values():
+            if isinstance(term, ChangesWithTime):
+                term.progress(epoch)
 
     def forward(self, images: Any, targets: Any, index: Tensor | None = None) -> dict[str, Tensor]:
         """Returns the active losses, weighted, by name; their sum is what to minimise.

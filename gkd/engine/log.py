@@ -182,12 +182,19 @@ def format_record(record: Record, total_steps: int, total_epochs: int) -> str:
 
 
 def _numbers(record: Record) -> str:
-    """The numbers of a record; the parts of a term, which the files have one by one, are added up."""
+    """The numbers of a record. The files have parts of a term one by one, here they are added up, and numbers of single classes.
+
+    Examples:
+        >>> _numbers({"AP": 41.234, "AP/cat": 50.0, "loss/kd/p3": 1.0, "loss/kd/p4": 0.5, "images_per_second": 0.31})
+        'AP 41.23  kd 1.5  0.31 images/s'
+    """
     shown: dict[str, float] = {}
     for name, value in record.items():
-        if name in ("kind", "split", "epoch", "step") or not isinstance(value, float | int):
+        is_of_a_class = "/" in name and not name.startswith("loss/")
+        if name in ("kind", "split", "epoch", "step") or is_of_a_class or not isinstance(value, float | int):
             continue
         head = name.split("/")[1] if name.startswith("loss/") else name
         shown[head] = shown.get(head, 0.0) + value
-    formats = {"top1": "top1 {:.2f}", "top5": "top5 {:.2f}", "agreement": "agreement {:.2f}", "images_per_second": "{:.0f} images/s"}
+    formats = {"top1": "top1 {:.2f}", "top5": "top5 {:.2f}", "agreement": "agreement {:.2f}"}
+    formats["images_per_second"] = "{:.0f} images/s" if shown.get("images_per_second", 0.0) >= 10 else "{:.2g} images/s"
     return "  ".join(formats.get(name, name + " {:.4g}").format(value) for name, value in shown.items())

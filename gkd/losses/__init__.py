@@ -2,6 +2,7 @@
 
 from gkd.losses.attention import channel_attention, feature_attention, node_attention, spatial_attention
 from gkd.losses.contrastive import CRDLoss, HKDLoss, crd_loss, info_nce_loss, sample_negatives
+from gkd.losses.ctkd import CTKDLoss, ctkd_loss, scale_gradient
 from gkd.losses.detection import CWDLoss, DenseKDLoss, MGDLoss, PKDLoss, cwd_loss, dense_kd_loss, pkd_loss
 from gkd.losses.edges import EdgeLoss, adjacency_loss, edge_loss, factor_loss
 from gkd.losses.encodings import EncodingLoss, encoding_loss
@@ -50,15 +51,18 @@ from gkd.losses.relations import (
     sp_loss,
 )
 from gkd.losses.review import ReviewKDLoss, hcl_loss
+from gkd.losses.rld import RLDLoss, rld_loss
 from gkd.losses.spectral import SpectralLoss, heat_loss, projector_loss, residual_loss, spectrum_loss
 from gkd.losses.standardized import StandardizedLogits, standardize_logits
 from gkd.losses.term import GraphTerm, Term
 from gkd.losses.vertices import MessageLoss, VertexLoss, vertex_loss
+from gkd.losses.vkd import VkDLoss, vkd_loss
 
 __all__ = [
     "ATLoss",
     "CCLoss",
     "CRDLoss",
+    "CTKDLoss",
     "CWDLoss",
     "CrossKDLoss",
     "DISTLoss",
@@ -87,6 +91,7 @@ __all__ = [
     "PKDLoss",
     "PKTLoss",
     "RKDLoss",
+    "RLDLoss",
     "ReviewKDLoss",
     "SPLoss",
     "SigmoidKDLoss",
@@ -95,11 +100,13 @@ __all__ = [
     "Term",
     "VIDLoss",
     "VertexLoss",
+    "VkDLoss",
     "adjacency_loss",
     "at_loss",
     "cc_loss",
     "channel_attention",
     "crd_loss",
+    "ctkd_loss",
     "cwd_loss",
     "dense_kd_loss",
     "dist_loss",
@@ -132,7 +139,9 @@ __all__ = [
     "residual_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",
+    "rld_loss",
     "sample_negatives",
+    "scale_gradient",
     "sigmoid_kd_loss",
     "sp_loss",
     "spatial_attention",
@@ -140,4 +149,5 @@ __all__ = [
     "standardize_logits",
     "vertex_loss",
     "vid_loss",
+    "vkd_loss",
 ]

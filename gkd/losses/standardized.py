@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gkd.losses.inputs import in_full_precision
-from gkd.losses.term import Term
+from gkd.losses.term import ChangesWithTime, Term
 
 __all__ = ["StandardizedLogits", "standardize_logits"]
 
@@ -59,6 +59,11 @@ class StandardizedLogits(nn.Module):
             raise TypeError(f"Expected a loss of level 'logits' that compares classes (got {type(loss).__name__})")
         self.loss = loss
         self.parts, self.needs_index, self.dense = term.parts, term.needs_index, term.dense
+
+    def progress(self, epoch: float) -> None:
+        """Tells the epoch to a loss that changes with it."""
+        if isinstance(self.loss, ChangesWithTime):
+            self.loss.progress(epoch)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, **options: Any

@@ -16,13 +16,14 @@ class Term:
     """What a loss declares to the :class:`~gkd.distill.Distiller`: attributes of the module, of these names.
 
     ``level`` is all that a module needs; what it does not declare has the default. It is called with what its level says, and with the
-    keyword arguments that its declarations ask for. Three methods are found by their names:
+    keyword arguments that its declarations ask for. Four methods are found by their names:
 
     * ``build(student_shape, teacher_shape)``, for terms that own layers, is called once with the shapes [B, C, h, w] of the maps at the
       level ``'stage'``, where every stage gets a copy of the module, and with two dictionaries of shapes at ``'stages'``.
       Heights and widths are those of ``Distiller.input_size``; in training they are those of the images.
     * ``check_parts(active)`` is called once with the names of the parts that weigh something at some time; it raises a ValueError if what
       the term was given is read by none of them.
+    * ``progress(epoch)``, for terms that change with time, is called with the epoch, which need not be a whole number.
     * ``set_targets(targets)``, for terms that keep a memory of the training samples, is called with the classes of all of them.
 
     Examples:
@@ -134,3 +135,11 @@ class RemembersSamples(Protocol):
 
     def set_targets(self, targets: Tensor) -> None:
         """Tells the classes of all training samples."""
+
+
+@runtime_checkable
+class ChangesWithTime(Protocol):
+    """A term that is a function of the epoch too, see :class:`Term`."""
+
+    def progress(self, epoch: float) -> None:
+        """Tells the epoch, which need not be a whole number."""

@@ -161,7 +161,7 @@ class Detection(Task):
         stored, true, _ = next(iter(self.batches("test", 4, resized=False)))
         return [
             detections.class_section(self.evaluate("test")),
-            detections.box_section(stored, true, {"student": self.detector.detect(stored)}, self.data.classes),
+            detections.box_section(stored, true, self._detected(stored), self.data.classes),
             detections.graph_section(self.distiller, images, targets),
         ]
 
@@ -170,11 +170,18 @@ class Detection(Task):
         from gkd.viz import detections
 
         stored, true, _ = next(iter(self.batches("test", SHOWN, resized=False)))
-        detected = {} if self.teacher_detector is None else {"teacher": self.teacher_detector.detect(stored)}
+        detected = {name: boxes for name, boxes in self._detected(stored).items() if name == "teacher"}
         for name, path in students.items():
             load_weights(self.student, path)
             detected[name] = self.detector.detect(stored)
         return [detections.box_section(stored, true, detected, self.data.classes)]
+
+    def _detected(self, images: Any) -> dict[str, Any]:
+        """What each network finds; a teacher of other classes is left out."""
+        detectors = {"student": self.detector, "teacher": self.teacher_detector}
+        return {
+            name: detector.detect(images) for name, detector in detectors.items() if detector is not None and detector.labels is not None
+        }
 
     def _check_data(self) -> None:
         """What a network learns beside boxes must be in the data."""

@@ -15,8 +15,9 @@ from gkd.viz.style import BLUE, GREEN, ORANGE, bare, figure_to_svg, grid_of, sty
 
 LEAST_SCORE = 0.3  # of what is drawn
 MOST_OVERLAP = 0.6  # of boxes beside each other
-Boxes = Sequence[tuple[Any, Any]]
-"""Of every image the boxes [n, 4] and their labels [n]."""
+PANEL = 3.4  # inches: boxes of dense scenes can be told apart
+Boxes = Sequence[tuple[Any, Any, Any]]
+"""Of every image the boxes [n, 4], their labels [n], and their scores [n] or None."""
 
 
 def class_section(final: Mapping[str, Any]) -> str:
@@ -32,19 +33,19 @@ def box_section(images: Any, targets: Any, detections: Mapping[str, Sequence[Any
     return page.section("Detections", page.captioned(figure, f"Detected with a score of {LEAST_SCORE} or more, and the truth."))
 
 
-def kept(found: Any) -> tuple[Any, Any]:
+def kept(found: Any) -> tuple[Any, Any, Any]:
     """What of the detections of an image is drawn: where boxes of several classes lie over each other, the one of the highest score."""
     from torchvision.ops import nms  # drawing other things needs no torchvision
 
     best = nms(found.boxes, found.scores, MOST_OVERLAP)
     best = best[found.scores[best] >= LEAST_SCORE]
-    return found.boxes[best], found.labels[best]
+    return found.boxes[best], found.labels[best], found.scores[best]
 
 
 @styled
 def draw_classes(final: Mapping[str, Any]) -> Any:
     """A bar for the average precision of every class."""
-    known = {name.split("/", 1)[1]: value for name, value in final.items() if "/" in name and value is not None}
+    known = {name.split("/", 1)[1]: value for name, value in final.items() if name.startswith(("AP/", "AP50/")) and value is not None}
     figure, (panel,) = grid_of(1, 1, max(4.0, 0.28 * len(known)), 2.4)
     panel.bar(range(len(known)), list(known.values()), color=BLUE)
     panel.set_xticks(range(len(known)), list(known), rotation=0 if max(map(len, known), default=0) < 3 else 90)
@@ -58,8 +59,8 @@ def draw_detections(images: Any, targets: Any, found: Mapping[str, Boxes], class
     """A row for each image: its true boxes, then those that each network finds."""
     from matplotlib.patches import Rectangle
 
-    columns: dict[str, Boxes] = {"truth": [(target["boxes"], target["labels"]) for target in targets], **found}
-    figure, panels = grid_of(len(images) * len(columns), len(columns), 2.0, 2.0)
+    columns: dict[str, Boxes] = {"truth": [(target["boxes"], target["labels"], None) for target in targets], **found}
+    figure, panels = grid_of(len(images) * len(columns), len(columns), PANEL, PANEL)
     for place, panel in enumerate(panels):
         row, (name, boxes) = place // len(columns), list(columns.items())[place % len(columns)]
         height, width = images[row].shape[1:]
@@ -67,9 +68,13 @@ def draw_detections(images: Any, targets: Any, found: Mapping[str, Boxes], class
         if row == 0:
             panel.set_title(name)
         colour = GREEN if name == "truth" else ORANGE
-        for (left, top, right, bottom), label in zip(boxes[row][0].tolist(), boxes[row][1].tolist(), strict=True):
-            panel.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.4))
-            panel.text(left, top, classes[label], color="white", fontsize=7, va="bottom", bbox={"fc": colour, "ec": "none", "pad": 0.6})
+        corners, labels, scores = boxes[row]
+        texts = [classes[label] for label in labels.tolist()]
+        if scores is not None:
+            texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist(), strict=True)]
+        for (left, top, right, bottom), text in zip(corners.tolist(), texts, strict=True):
+            panel.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.0))
+            panel.text(left, top, text, color="white", fontsize=6, va="bottom", bbox={"fc": colour, "ec": "none", "pad": 0.4})
     return figure
 
 

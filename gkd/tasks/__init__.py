@@ -3,6 +3,7 @@
 from gkd.tasks.accuracy import ClassifierEvaluator
 from gkd.tasks.classification import Classification
 from gkd.tasks.detection import Detection
+from gkd.tasks.ensemble import TeacherEnsemble
 from gkd.tasks.network import Network, load_student
 from gkd.tasks.segmentation import Segmentation, SegmentationNetwork, load_segmenter
 from gkd.tasks.task import Task
@@ -15,6 +16,7 @@ __all__ = [
     "Segmentation",
     "SegmentationNetwork",
     "Task",
+    "TeacherEnsemble",
     "load_segmenter",
     "load_student",
 ]

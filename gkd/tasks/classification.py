@@ -18,8 +18,8 @@ from gkd.engine.folder import read_description
 from gkd.errors import UserError
 from gkd.models import class_order
 from gkd.tasks.accuracy import ClassifierEvaluator
+from gkd.tasks.ensemble import TeacherEnsemble
 from gkd.tasks.export import export_onnx, export_program
-from gkd.tasks.made import check_weights
 from gkd.tasks.network import Network, load_student
 from gkd.tasks.predictors import ClassPredictor, Predictor
 from gkd.tasks.task import Task
@@ -35,7 +35,7 @@ class Classification(Task):
 
     Args:
         student: The network to train.
-        teacher: The network to learn from; None trains the student alone, which is how a teacher is made.
+        teacher: The network to learn from, or several; None trains the student alone, which is how a teacher is made.
         data: Images with classes; the embedded digits by default.
         distiller: Called with the student, the teacher and the image size.
         trainer: The settings of the training.
@@ -60,7 +60,7 @@ class Classification(Task):
     def __init__(
         self,
         student: Network,
-        teacher: Network | None = None,
+        teacher: Network | TeacherEnsemble | None = None,
         data: Any = None,
         distiller: Callable[..., Distiller] = Distiller,
         trainer: Trainer | None = None,
@@ -72,7 +72,7 @@ class Classification(Task):
         super().__init__(Digits() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         self.network, self.name, self.initial_weights, self.mix = student, student.name, student.weights, mix
         for network in (student, *([] if teacher is None else [teacher])):
-            check_weights(network.weights, network.recipe)
+            network.check_weights()
         built = student.build(self.data)
         self.student, self._new_layers = built.model, built.new_layers
         self.teacher, difference = (None, "") if teacher is None else teacher.build_teacher(self.data)

@@ -17,6 +17,7 @@ from gkd.models import Teacher, build_classifier, class_order, load_weights
 from gkd.models.classes import reorder_logits
 from gkd.models.classifiers import is_safe, open_classifier
 from gkd.models.libraries.classifier import Classifier
+from gkd.tasks.made import check_weights
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Network:
     input_size: int | Sequence[int] | None = None
     classes: Sequence[str] | None = None
     recipe: str | None = None
+
+    def check_weights(self) -> None:
+        """Raises where weights are absent that a recipe makes."""
+        check_weights(self.weights, self.recipe)
 
     def build(self, data: Any) -> Classifier:
         """The network with its weights, its logits in the order of the data's classes.

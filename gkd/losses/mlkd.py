@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
+from gkd.graphs.values import constant
 from gkd.losses.inputs import gram, in_full_precision
 from gkd.losses.logits import check_classes, check_logits
 
@@ -56,7 +57,7 @@ def mlkd_loss(
     check_logits(student_logits, teacher_logits, min(temperatures))
     check_classes(student_logits)
     batch, classes = student_logits.shape
-    scale = student_logits.new_tensor(temperatures)[:, None, None]
+    scale = constant(temperatures, student_logits)[:, None, None]
     student_log, teacher_log = ((logits / scale).log_softmax(2) for logits in (student_logits, teacher_logits.detach()))
     student, teacher = student_log.exp(), teacher_log.exp()
     losses = {}

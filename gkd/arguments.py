@@ -124,7 +124,7 @@ def _either(words: list[str]) -> str:
 @cache
 def _checks(function: Callable[..., Any]) -> dict[str, _Check]:
     """How each parameter of a function, or of a class's constructor, is checked."""
-    construct = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)  # type: ignore[misc]
+    construct = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
     namespace = getattr(construct, "__globals__", None) or vars(sys.modules[function.__module__])
     checks = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -150,4 +150,4 @@ def _instances(hint: Any) -> Any:
         return Union[tuple(map(_instances, arguments))]  # noqa: UP007  of a tuple
     if origin is not None and arguments:
         return origin[tuple(part if part is Ellipsis else _instances(part) for part in arguments)]
-    return InstanceOf[hint] if inspect.isclass(hint) else hint
+    return InstanceOf[hint] if inspect.isclass(hint) else hint  # type: ignore[misc]

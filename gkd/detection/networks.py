@@ -149,7 +149,7 @@ class DetectorPair(NetworkPair):
     def _shared(self, output: Output, targets: Any) -> tuple[Tensor, Tensor]:
         """Boxes [B, P, 4] that both networks look at, the student's proposals or else the regions, and their classes [B, P]."""
         if output.proposals is None:
-            shared = torch.stack(self.regions(None, targets, output)[0])
+            shared = torch.stack(self.regions((), targets, output)[0])
             whole = constant((0.0, 0.0, output.image_size[1], output.image_size[0]), shared)
             shared = torch.where(shared[..., 2:3] < 0, whole, shared)
         else:

@@ -54,7 +54,7 @@ class TransformersDetector(Detector):
 
     two_stage = False
 
-    def __init__(self, model: nn.Module, labels: Sequence[int] | None, side: int = SIZE) -> None:
+    def __init__(self, model: Any, labels: Sequence[int] | None, side: int = SIZE) -> None:
         import transformers
 
         self.model: Any = model

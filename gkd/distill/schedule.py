@@ -241,5 +241,5 @@ class _Function(Schedule):
 
 def check_number(name: str, value: object) -> None:
     """Asks for a finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ValueError(f"Expected {name} to be a finite number that is not negative (got {value!r})")

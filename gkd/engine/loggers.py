@@ -31,7 +31,7 @@ class LoggerWriter:
     def write(self, record: Record) -> None:
         """Logs every number of the record."""
         if self._logger is not None:
-            self._attempt(lambda: self._logger.log_metrics(scalars(record), step=record["step"]))
+            self._attempt(lambda: self._logger.log_metrics({**scalars(record)}, step=record["step"]))
 
     def advance(self, step: int) -> None:
         """Steps leave no point."""
@@ -84,7 +84,7 @@ class CSVLogger:
         shutil.rmtree(path, ignore_errors=True)
         logger = Logger(path, name="", version="", flush_logs_every_n_steps=1)
         for record in read_metrics(folder.metrics):
-            logger.log_metrics(scalars(record), step=record["step"])
+            logger.log_metrics({**scalars(record)}, step=record["step"])
         return logger
 
 

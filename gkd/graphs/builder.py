@@ -95,7 +95,7 @@ class GraphBuilder(nn.Module):
         return Spectrum.of_lowrank(
             lambda: self._build(nodes, None if topology is None else topology.graph, static=True),
             nodes.x if nodes.mask is None else nodes.x.where(nodes.mask[:, :, None], 0.0),
-            uniform_layout(*nodes.x.shape[:2], nodes.x.device).mask if nodes.mask is None else nodes.mask,
+            uniform_layout(nodes.x.shape[0], nodes.x.shape[1], nodes.x.device).mask if nodes.mask is None else nodes.mask,
             lowrank,
             self.edges,
         )
@@ -144,7 +144,7 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
         **attributes: Other values of the nodes, padded alike: [B, n, ...].
     """
     where = _layout(nodes)
-    num_graphs, num_nodes = where.num_graphs, where.index.batch.numel()
+    num_graphs, num_nodes = where.num_graphs, where.numbers.batch.numel()
     slices: Tensor | None = None
     if isinstance(topology, Tensor):
         edge_index = topology
@@ -158,17 +158,18 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
             )
     check_edge_index(edge_index, num_nodes, num_nodes)
     complete = isinstance(weigh, CompleteEdges) and _is_complete(topology, where, weigh.self_loops)
-    if complete and nodes.mask is None:  # in the order in which the class makes them
-        edges = weigh(nodes)
+    if isinstance(weigh, CompleteEdges) and complete and nodes.mask is None:  # in the order in which the class makes them
+        edges: Edges = weigh(nodes)
     else:
         edges = weigh(nodes, edge_index if where.layout.slot is None else where.layout.slot[edge_index])
-        edges = edges._replace(lowrank=weigh.lowrank(nodes)) if complete else edges
+        if isinstance(weigh, CompleteEdges) and complete:
+            edges = edges._replace(lowrank=weigh.lowrank(nodes))
     edges = edges._replace(edge_index=edge_index)
     if slices is None:
         slots = getattr(weigh, "slots", None)
         usual = None if slots is None or nodes.mask is not None else slots(nodes.x.shape[1])
         if usual is None or edge_index.shape[1] != num_graphs * usual or readable(edge_index):
-            slices = _count_edges(where.index.batch[edge_index[1]], num_graphs)
+            slices = _count_edges(where.numbers.batch[edge_index[1]], num_graphs)
         else:
             slices = static_tensors(_uniform_slices, num_graphs, usual)[0]
     return _assemble(where, nodes, edges, slices, attributes)
@@ -176,7 +177,7 @@ def build_on(nodes: Nodes, weigh: Callable[[Nodes, Tensor], Edges], topology: Te
 
 def _is_complete(topology: Tensor | Batch, where: _Where, self_loops: bool) -> bool:
     """Whether the topology surely has all pairs of nodes, in the order of CompleteEdges; without waiting for a device."""
-    (num_graphs, num_nodes, slot, _), sizes = where.layout, where.index.slices.diff()
+    (num_graphs, num_nodes, slot, _), sizes = where.layout, where.numbers.slices.diff()
     edge_index = topology if isinstance(topology, Tensor) else topology.edge_index
     if slot is None:
         if edge_index.shape[1] != num_graphs * num_pairs(num_nodes, self_loops):
@@ -249,7 +250,7 @@ class _Where(NamedTuple):
     """Where the nodes of the graphs lie in padded tensors and in the batch."""
 
     layout: Layout
-    index: _BatchIndex
+    numbers: _BatchIndex
 
     @property
     def num_graphs(self) -> int:

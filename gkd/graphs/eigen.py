@@ -71,7 +71,7 @@ class _Spectrum(NamedTuple):
 
     eigval: Tensor
     eigvec: Tensor
-    count: Tensor
+    num_nodes: Tensor
     """Number of nodes, ``[B]``."""
 
 

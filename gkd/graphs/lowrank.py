@@ -95,10 +95,9 @@ class LowRank(NamedTuple):
                 cross = apart.mT @ both
                 square = ((apart.mT @ apart) * (both.mT @ both) + cross * cross.mT).sum(dim=(1, 2)) / 2
             else:
-                square = sum(
-                    sign * (left.mT @ right).square().sum(dim=(1, 2))
-                    for sign, left, right in ((1, own, own), (-2, own, goal), (1, goal, goal))
-                )
+                products = ((own, own), (own, goal), (goal, goal))
+                same, crossed, goals = ((left.mT @ right).square().sum(dim=(1, 2)) for left, right in products)
+                square = same - 2 * crossed + goals
             if not self.self_loops:
                 square = square - (self._loops() - lowrank._loops()).square().sum(dim=1)
         return square.clamp(min=0)

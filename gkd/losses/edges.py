@@ -210,10 +210,10 @@ class EdgeLoss(nn.Module):
         with full_precision(teacher.mask):
             if guides(self.guidance):
                 node_weight = node_attention(teacher.x, self.guidance, mask)
-            factored = student.lowrank is not None and teacher.lowrank is not None
-            if factored and self.distance == "mse" and student.lowrank.self_loops == teacher.lowrank.self_loops:
-                return factor_loss(student.lowrank, teacher.lowrank, mask, node_weight)
-            if factored or student.graph.edge_index is not teacher.graph.edge_index:
+            own, goal = student.lowrank, teacher.lowrank
+            if own is not None and goal is not None and self.distance == "mse" and own.self_loops == goal.self_loops:
+                return factor_loss(own, goal, mask, node_weight)
+            if (own is not None and goal is not None) or student.graph.edge_index is not teacher.graph.edge_index:
                 student_A, teacher_A = self._adjacency(student), self._adjacency(teacher)
                 return adjacency_loss(student_A, teacher_A, mask, self.distance, self.temperature, node_weight)
             student_weight, teacher_weight = self._weights(student), self._weights(teacher)

@@ -170,7 +170,7 @@ class GraphLoss(nn.Module):
         maps = [student] if isinstance(student, Tensor) else list(student.values())
         with full_precision(maps[0]):
             if any(features.numel() == 0 for features in maps):
-                return dict.fromkeys(active, sum(0 * features.float().sum() for features in maps))
+                return dict.fromkeys(active, torch.stack([0 * features.float().sum() for features in maps]).sum())
             try:
                 views = self.views(student, teacher, *node_args)
                 return {name: term(*views) for name, term in active.items()}
@@ -208,13 +208,15 @@ class GraphLoss(nn.Module):
 
 def _view(builder: GraphBuilder | StageGraph, features: Features, node_args: Sequence[Any], topology: Spectrum | None = None) -> Spectrum:
     if isinstance(builder, GraphBuilder):
+        assert isinstance(features, Tensor)
         return builder.view(features, *node_args, topology=topology)
     return Spectrum(builder(features, *node_args, topology=None if topology is None else topology.graph, static=True))
 
 
 def _check_channels(student: Features, teacher: Features) -> None:
-    pairs = [(student, teacher)] if isinstance(student, Tensor) else [(student[stage], teacher[stage]) for stage in student]
-    for student_map, teacher_map in pairs:
+    maps = [({"": features} if isinstance(features, Tensor) else features) for features in (student, teacher)]
+    for stage, student_map in maps[0].items():
+        teacher_map = maps[1][stage]
         if student_map.size(1) != teacher_map.size(1):
             raise ValueError(
                 f"Expected equally many channels for graphs that share their edges (got student {student_map.size(1)}, "

@@ -62,7 +62,8 @@ def sp_loss(student: Tensor, teacher: Tensor) -> Tensor:
         Tung, Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019.
     """
     check_batch(student, teacher, at_least=2)
-    return F.mse_loss(*(unit_rows(unit_scale(gram(vectors(x)))) for x in (student, teacher.detach())))
+    student_rows, teacher_rows = (unit_rows(unit_scale(gram(vectors(x)))) for x in (student, teacher.detach()))
+    return F.mse_loss(student_rows, teacher_rows)
 
 
 @in_full_precision

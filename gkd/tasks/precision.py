@@ -54,9 +54,10 @@ def evaluate_detector(detector: Detector, data: Any, split: str, batches: Callab
     record = coco_metrics(annotations, results)
     if data.metric != "coco":
         record = {name: record[name] for name in HEADLINES} | voc_metrics(annotations, results, eleven_points=data.metric == "voc07")
-    for kind, is_there in (("segm", detector.has_masks), ("keypoints", detector.num_keypoints)):
-        if is_there:
-            record |= coco_metrics(annotations, results, kind)
+    if detector.has_masks:
+        record |= coco_metrics(annotations, results, "segm")
+    if detector.num_keypoints:
+        record |= coco_metrics(annotations, results, "keypoints")
     return {"split": split, **record}
 
 

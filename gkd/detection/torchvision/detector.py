@@ -49,7 +49,7 @@ class TorchvisionDetector(Detector):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         labels: Sequence[int] | None,
         plan: Plan,
         size: tuple[int, int] | None = None,

@@ -11,7 +11,7 @@ RUN := $(ENV)/bin/python
 STAMP := $(ENV)/.gkd-$(shell (pwd; cat setup.cfg pyproject.toml) | cksum | cut -d ' ' -f 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-classification test test-detectron2 torture docs lint format clean
+.PHONY: help setup quickstart quickstart-classification test test-detectron2 fuzz torture docs lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F @ '{ printf "%-34s%s\n", $$1, $$2 }'
@@ -41,6 +41,9 @@ test-detectron2: setup ## the tests of Detectron2's detectors, with DETECTRON2=/
 	@test -d '$(DETECTRON2)/detectron2' || { echo 'Expected DETECTRON2=/path/to/a/checkout of https://github.com/facebookresearch/detectron2 (got "$(DETECTRON2)")' >&2; exit 2; }
 	$(RUN) -m pip install --quiet $(PIP_ARGS) black cloudpickle fvcore hydra-core iopath omegaconf pycocotools tabulate termcolor tqdm yacs
 	PYTHONPATH='$(DETECTRON2)' $(RUN) -m pytest $(PYTEST_ARGS) tests/detection/d2
+
+fuzz: setup ## many random bindings, images, annotations and graphs: no traceback, no wrong result; some hours
+	HYPOTHESIS_PROFILE=long $(RUN) -m pytest $(PYTEST_ARGS) tests/fuzz tests/graphs/test_fuzz.py tests/data/test_properties.py
 
 torture: setup ## kill small trainings, fill their disk and send second writers, and count what is lost: some minutes
 	$(RUN) -m projects.reliability.torture $(TORTURE_ARGS)

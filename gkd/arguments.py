@@ -11,9 +11,10 @@ import typing
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import get_protocol_members, is_protocol
 
 # No conversions: '2' is no integer, and True is none either. An integer is a number.
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -140,7 +141,7 @@ def _checks(function: Callable[..., Any]) -> dict[str, _Check]:
 
 
 def _instances(hint: Any) -> Any:
-    """The annotation with every class in it replaced by 'an instance of that class', however the class is made."""
+    """The annotation with every class in it replaced by a check for its objects, however the class is made."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal or hint in PLAIN:
         return hint
@@ -150,4 +151,19 @@ def _instances(hint: Any) -> Any:
         return Union[tuple(map(_instances, arguments))]  # noqa: UP007  of a tuple
     if origin is not None and arguments:
         return origin[tuple(part if part is Ellipsis else _instances(part) for part in arguments)]
-    return InstanceOf[hint] if inspect.isclass(hint) else hint  # type: ignore[misc]
+    return Annotated[Any, AfterValidator(_member_of(hint))] if inspect.isclass(hint) and hint is not Any else hint
+
+
+def _member_of(hint: type) -> Callable[[Any], Any]:
+    """A check that a value is an object of a class, or has what a protocol asks for."""
+
+    def check(value: Any) -> Any:
+        if is_protocol(hint):
+            fits = not inspect.isclass(inspect.unwrap(value)) and all(hasattr(value, name) for name in get_protocol_members(hint))
+        else:
+            fits = isinstance(value, hint)
+        if not fits:
+            raise ValueError
+        return value
+
+    return check

@@ -131,6 +131,11 @@ class Config:
         imports = "".join(f"import {module}\n" for module in dict.fromkeys(self._imports))
         return imports + gin_config.operative_config_str(max_line_length=140)
 
+    @property
+    def operative_keys(self) -> list[Key]:
+        """Scope, complete selector and name of every parameter of every object that was built."""
+        return _operative_keys()
+
     # ---------------------------------------------------------------- reading
 
     def _read_file(self, name: str, asked_by: str) -> None:

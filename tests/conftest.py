@@ -14,12 +14,6 @@ from hypothesis import HealthCheck, settings
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
-# Short and always the same in CI; HYPOTHESIS_PROFILE=long searches anew, for minutes.
-settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-settings.register_profile("long", max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-
 # Few examples, the same ones every time, unless HYPOTHESIS_PROFILE=long asks for many new ones.
 EVERY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("short", max_examples=20, derandomize=True, database=None, **EVERY)

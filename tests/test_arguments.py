@@ -40,6 +40,8 @@ def takes(
     paths: str | Iterable[str] = "",
     share: float | int | None = None,
     part: Part | None = None,
+    whole: Part = None,
+    settings: Mapping[str, Any] | None = None,
     anything: Any = None,
     rule: Rule | None = None,
     absent: Absent | None = None,
@@ -65,8 +67,10 @@ VALID = {
     "paths": ["a", ["a"]],
     "share": [0.5, 3, None],
     "part": [Part(nn.ReLU())],
+    "whole": [Part(nn.ReLU())],
+    "settings": [{"a": 1}, None],
     "anything": [object(), nn.ReLU, 3],
-    "rule": [3, abs],
+    "rule": [abs, None, nn.ReLU()],
     "absent": [3],
     "free": [3],
     "options": [3],
@@ -99,6 +103,12 @@ INVALID = [
     ("names", "abc", "a list or tuple of strings"),
     ("share", "all", "a finite number or None"),
     ("part", nn.ReLU(), "a Part object or None"),
+    ("whole", None, "a Part object"),
+    ("whole", "x", "a Part object"),
+    ("settings", 3, "a dictionary"),
+    ("settings", {3: 1}, "a dictionary"),
+    ("rule", 3, "a Rule object or None"),
+    ("rule", nn.ReLU, "a Rule object or None"),
 ]
 
 

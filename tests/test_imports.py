@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "files": set(),
     "__init__": set(),
 }
-COMMON = {"errors", "files"}
+COMMON = {"arguments", "errors", "files"}
 UNRESTRICTED = {"config", "cli", "__main__"}
 # Absent in an ordinary installation, or left to an extra.
 OPTIONAL = {"detectron2", "matplotlib", "onnx", "onnxruntime", "onnxscript", "optuna", "pycocotools", "timm", "transformers"}

@@ -105,6 +105,8 @@ class Distiller(nn.Module):
         self.networks = NetworkPair() if networks is None else networks
         self.__dict__["teacher"] = teacher  # past nn.Module.__setattr__, which would make it a child
         self.student_logits = self.teacher_logits = None
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"Expected label_smoothing in [0, 1) (got {label_smoothing})")
         self.task = nn.CrossEntropyLoss(label_smoothing=label_smoothing) if task is None else task
         self._task_reads_logits = isinstance(self.task, nn.modules.loss._Loss)
 

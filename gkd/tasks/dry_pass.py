@@ -20,6 +20,8 @@ from gkd.errors import UserError
 if TYPE_CHECKING:
     from gkd.tasks.task import Task
 
+MOST_LOOKS = 4000
+
 
 def dry_pass(task: Task) -> None:
     """Tries all that a training will do, and leaves no trace: no weight, statistic, memory or random number of the run changes.
@@ -109,7 +111,7 @@ def try_losses(task: Task) -> None:
 def first_epochs(distiller: Distiller, steps: int, steps_per_epoch: int) -> Iterator[float]:
     """The epochs, counted from 0, at which terms are active for the first time; 0 is always one of them.
 
-    Looked at are the beginning and the middle of every epoch and the last step.
+    Looked at are the beginning and the middle of every epoch, or of some thousand in a longer training, and the last step.
 
     Args:
         distiller: Knows the weights at an epoch.
@@ -117,7 +119,8 @@ def first_epochs(distiller: Distiller, steps: int, steps_per_epoch: int) -> Iter
         steps_per_epoch: Steps in an epoch.
     """
     seen: set[str] = set()
-    halves = [half / 2 for half in range(2 * -(-steps // steps_per_epoch)) if half * steps_per_epoch < 2 * steps]
+    count = -(-2 * steps // steps_per_epoch)
+    halves = (half / 2 for half in range(0, count, max(1, count // MOST_LOOKS)))
     for number, epoch in enumerate((*halves, (steps - 1) / steps_per_epoch)):
         distiller.progress(epoch)
         active = {name for name, weight in distiller.weights.items() if weight != 0}

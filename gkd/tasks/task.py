@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkd.arguments import describe_value
 from gkd.distill import Distiller
 from gkd.engine import RunFolder, Summary, Trainer
 from gkd.engine.average import load_average
@@ -71,6 +72,9 @@ class Task(ABC):
                 raise UserError(f"Expected {name} to be a multiple of the {fabric.world_size} processes (got {size})")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.sharing: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size, "device": fabric.device}
+        absent = [name for name in ("batches", "num_batches", "num_samples") if not hasattr(data, name)]
+        if absent:
+            raise UserError(f"Expected data with {', '.join(absent)}, as the data sets of gkd.data (got {describe_value(data)})")
         # Checked now, where it is a mistake in the configuration, and not after an hour.
         self.steps_per_epoch = data.num_batches("train", self.share(batch_size), world_size=fabric.world_size)
         if self.steps_per_epoch < 1:

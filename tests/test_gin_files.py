@@ -19,7 +19,7 @@ PAIR = "gin/quickstart_classification.gin"
 # The made-up images have the size and the classes of the real ones, so that the networks are those of the file.
 IMAGES = {
     "CIFAR100": (100, (3, 32, 32)),
-    "ImageNet": (1000, (3, 64, 64)),
+    "ImageNet": (1000, (3, 128, 128)),
     "ImageFolder": (10, (3, 224, 224)),
     "Digits": (10, (3, 16, 16)),
 }

@@ -24,6 +24,7 @@ from gkd.models import Teacher, load_weights, read_logits
 from gkd.models.modes import evaluating
 from gkd.models.names import near
 from gkd.tasks.export import export_onnx, export_program
+from gkd.tasks.made import check_weights
 from gkd.tasks.predictors import MaskPredictor, Predictor
 from gkd.tasks.task import Task
 
@@ -42,12 +43,14 @@ class SegmentationNetwork:
         weights: File to start from. A teacher needs it.
         backbone_weights: Name of published weights of torchvision's backbone (``'DEFAULT'``); left out where ``weights`` are given.
         options: Further arguments of the network.
+        recipe: Gin file of a training that makes the weights, where the file is absent; `gkd train` runs it first.
     """
 
     name: str = "lraspp_mobilenet_v3_large"
     weights: str | None = None
     backbone_weights: str | None = None
     options: Mapping[str, Any] | None = None
+    recipe: str | None = None
 
     def build(self, num_classes: int) -> nn.Module:
         """The network with its weights.
@@ -154,6 +157,8 @@ class Segmentation(Task):
     ) -> None:
         super().__init__(DigitSceneMasks() if data is None else data, trainer or Trainer(), batch_size, eval_batch_size, seed)
         self.network, self.name, self.initial_weights = student, student.name, student.weights
+        for network in (student, *([] if teacher is None else [teacher])):
+            check_weights(network.weights, network.recipe)
         self.student = student.build(self.data.num_classes)
         self.teacher = None if teacher is None else self._build_teacher(teacher)
         ignored = self.data.ignore_index

@@ -98,7 +98,7 @@ def test_mistakes(run, capsys, options, message):
 def test_detectors_from_end_to_end(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pycocotools", reason="pycocotools is not installed")
     monkeypatch.chdir(tmp_path)
-    small = ["DigitScenes.size = 32", "DigitScenes.num_train = 4", "DigitScenes.num_test = 2", "DigitScenes.scale = (0.4, 0.8)"]
+    small = ["DigitScenes.size = 64", "DigitScenes.num_train = 4", "DigitScenes.num_test = 2", "DigitScenes.scale = (0.4, 0.8)"]
     small += ["EPOCHS = 1", "BATCH_SIZE = 2", "DetectorNetwork.options = {'fpn_channels': 32, 'norm': 'batch', 'trainable_layers': 5}"]
     small += ["Trainer.check_teacher = False"]  # so short a training leaves the teacher guessing
     bindings = [part for binding in small for part in ("--set-all", binding)]

@@ -40,7 +40,7 @@ class Oracle:
 
 
 def numbers_of(oracle: Oracle, data: DetectionData) -> dict:
-    return evaluate_detector(oracle, data, "test", lambda: oracle.remember(data.batches("test", 3)))
+    return evaluate_detector(oracle, data, "test", lambda: oracle.remember(data.batches("test", 3, resized=False)))
 
 
 def judged(data: DetectionData) -> dict:

@@ -36,6 +36,7 @@ DETECTION_TERMS = {"cwd": CWDLoss, "pkd": PKDLoss, "mgd": MGDLoss, "fgd": FGDLos
 # What may wait for the GPU, by file and operator, and why.
 MAY_WAIT = {
     ("gkd/graphs/perturbation.py", "_linalg_eigh"): "the exact eigensolver: torch asks the GPU whether it converged",
+    ("gkd/graphs/builder.py", "nonzero"): "regions: images have unequally many, so their graphs are compacted",
 }
 
 # A ValueError in a term, whose message is lost because `nan_if_diverged` then asks for values; it is not known yet which.

@@ -95,6 +95,7 @@ def test_many_open_a_fresh_database_at_once(server):
     assert [study.claims.claim("cell") for study in studies].count(True) == 1
 
 
+@pytest.mark.slow
 def test_processes_share_the_cells_though_one_is_killed_and_the_database_restarts(server, tmp_path, repository, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("program.py").write_text(PROGRAM)

@@ -255,14 +255,14 @@ def test_other_encodings_are_named(write, tmp_path, encoding):
 
 def test_an_import_registers_what_the_module_lists(write, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    write("my_trailers.py", "__all__ = ['Trailer']\nclass Trailer:\n    def __init__(self, load: int): self.load = load\n")
-    file = write("car.gin", "import my_trailers\nCar.parts = {'trailer': @Trailer()}\nTrailer.load = 3\n")
+    write("my_wagons.py", "__all__ = ['Wagon']\nclass Wagon:\n    def __init__(self, load: int): self.load = load\n")
+    file = write("car.gin", "import my_wagons\nCar.parts = {'wagon': @Wagon()}\nWagon.load = 3\n")
     config = configure([file], modules=["garage"])
-    trailer = config.build("Car").parts["trailer"]
-    assert (type(trailer).__name__, trailer.load) == ("Trailer", 3)
-    assert config.text.startswith("import my_trailers\n")
-    with pytest.raises(UserError, match=r"Trailer.load to be an integer \(got 'much'\) in --set"):
-        build([file], ["Trailer.load = 'much'"])
+    wagon = config.build("Car").parts["wagon"]
+    assert (type(wagon).__name__, wagon.load) == ("Wagon", 3)
+    assert config.text.startswith("import my_wagons\n")
+    with pytest.raises(UserError, match=r"Wagon.load to be an integer \(got 'much'\) in --set"):
+        build([file], ["Wagon.load = 'much'"])
 
 
 def test_an_imported_name_that_is_taken_is_one_message(write, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -102,6 +103,7 @@ class StageGraph(nn.Module):
         ]
         rows = [part.x for part in parts] if self.projections is None else [p(n.x) for p, n in zip(self.projections, parts, strict=True)]
         self._check(rows)
+        rows = _promoted(rows)
         projected = [Nodes(x, part.pos, part.mask) for x, part in zip(rows, parts, strict=True)]
         nodes = _joined(projected)
         stage = torch.cat([torch.full((x.shape[1],), i, device=x.device) for i, x in enumerate(rows)])
@@ -175,6 +177,12 @@ class StageGraph(nn.Module):
             if sizes[a] > 0 and sizes[b] > 0:
                 weight = weigh(b, a, weigh(a, b, weight))
         return Edges(edge_index, weight)
+
+
+def _promoted(rows: list[Tensor]) -> list[Tensor]:
+    """All rows in the type that holds those of every stage, such as float32 where one stage runs in half precision."""
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in rows))
+    return [x.to(dtype) for x in rows]
 
 
 def _joined(parts: list[Nodes]) -> Nodes:

@@ -48,6 +48,7 @@ def mlkd_loss(
         Jin, Wang, Lin: Multi-Level Logit Distillation, CVPR 2023.
 
     Examples:
+        >>> import torch
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> {name: loss.item() for name, loss in mlkd_loss(logits, logits).items()}
         {'instance': 0.0, 'batch': 0.0, 'class': 0.0}

@@ -44,6 +44,7 @@ class StandardizedLogits(nn.Module):
 
     Examples:
         >>> from gkd.losses import KDLoss
+        >>> import torch
         >>> loss = StandardizedLogits(KDLoss(temperature=2.0))
         >>> logits = torch.tensor([[3.0, 1.0, 0.0]])
         >>> loss(logits, 10 * logits).item() < 1e-6

@@ -12,7 +12,15 @@ from gkd.models.modes import evaluating
 
 Size = tuple[int, int]
 EXTRA_TOKENS = 5  # a class token and four registers: what stands before the patches of a published transformer
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, _BatchNorm, nn.GroupNorm)
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    _BatchNorm,
+    nn.GroupNorm,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+)
 
 
 def tokens_to_map(tokens: Tensor, grid: Size, extra: int = EXTRA_TOKENS) -> Tensor:
@@ -111,7 +119,9 @@ def channels_last(
         first, last = fits(shape[2:], image_size), fits(shape[1:3], image_size)
         if first != last:
             return last
-    leaves = [leaf for leaf in module.modules() if next(leaf.parameters(recurse=False), None) is not None]
+    leaves = [
+        leaf for leaf in module.modules() if isinstance(leaf, _CHANNELS_FIRST) or next(leaf.parameters(recurse=False), None) is not None
+    ]
     if leaves and all(isinstance(leaf, _CHANNELS_FIRST) for leaf in leaves):
         return False
     resized = reshape()

@@ -229,3 +229,11 @@ def test_bad_arguments():
         StageGraph({stage: channels(KNNEdges(k=1), None) for stage in "ab"})({"a": maps["layer1.0"], "b": maps["layer2"]})
     with pytest.raises(ValueError, match=r"Expected equally many graphs in all stages \(got \[2, 2, 1\]\)"):
         three_stages()(maps | {"layer3": maps["layer3"][:1]})
+
+
+@pytest.mark.parametrize("cross", [KNNEdges(k=1), AttentionEdges(k=1)])
+def test_stages_of_unlike_precision_are_joined_in_the_larger_one(cross):
+    half = {stage: x.float() if stage == "layer3" else x for stage, x in features().items()}
+    builders = {stage: channels(KNNEdges(k=1)) for stage in half}
+    graph = StageGraph(builders, cross)(half)
+    assert graph.x.dtype == graph.edge_weight.dtype == torch.float64

@@ -52,6 +52,7 @@ def test_what_is_declared_is_read():
         "needs_boxes": True,
         "true_boxes_only": True,
         "dense": True,
+        "compares": "masks",
     }
     assert set(declared) == {field.name for field in fields(Term)}
     assert Term.of(plain(**declared)) == Term(**{**declared, "parts": ("a", "b")})

@@ -143,6 +143,8 @@ def test_channels_first_with_as_many_channels_as_pixels():
     torch.testing.assert_close(features["layer1.-1.downsample"], model.bn1(model.conv1(x)).relu())
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU())
     torch.testing.assert_close(FeatureTaps(model, "1")(x)[1]["1"], model(x))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(4))  # 4 channels, 4x4 pixels whatever the image
+    torch.testing.assert_close(FeatureTaps(model, "1")(x)[1]["1"], model(x))
 
 
 def test_network_of_one_size_whose_axes_cannot_be_told_apart():

@@ -175,6 +175,7 @@ def test_a_sweep_with_a_cell_that_fails(sweep, capsys):
         (["--set", "Sweep.axes = {'method': {'KD': 'gin/methods/kdd.gin'}}"], r"gin/methods/kdd\.gin.*Did you mean"),
         (["--set", "Sweep.axes = {'loss': {'KDD': 'Distiller.terms = {\"kd\": @KDDLoss()}'}}"], "KDDLoss"),
         (["--set", "Sweep.baseline = 'KD'"], "Sweep.baseline"),
+        (["--set", "Sweep.sampler = 'tpe'", "--set", "Sweep.trials = 2"], r"Expected held-out images to choose on.*'tpe' \(got none\)"),
         (["--set", "Sweep.base = 'nowhere.gin'"], "nowhere.gin"),
         (["--set", "Sweep.seed = 1"], r"Did you mean seeds\?"),
         (["--set", "Trainr.epochs = 1"], r"Did you mean Trainer\?"),

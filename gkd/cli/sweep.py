@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gkd.config import configure
 from gkd.engine.folder import save_student
+from gkd.errors import UserError
 from gkd.sweep import Sweep
 from gkd.sweep.cells import Job, make_teacher, work
 from gkd.sweep.commands import Commands
@@ -83,7 +84,12 @@ def plan_cells(commands: Commands, study: Study | None) -> Plan:
         def describe(point: Point) -> str:
             at = weights if weights.is_file() else sweep.teacher_weights  # points that a sampler chooses come when the teacher is there
             config = configure(commands.files(point), commands.bindings(point, at))
-            config.build(config.root(Task))
+            task = config.build(config.root(Task))
+            if sweep.split == "val" and "val" not in task.splits:
+                raise UserError(
+                    f"Expected held-out images to choose on, for Sweep.sampler = {sweep.sampler!r} (got none): bind the data's holdout, or "
+                    "Sweep.split = 'test'"
+                )
             # The value and the lines that it goes on in: a path may be long.
             place = rf"(?m)^{re.escape(sweep.teacher_macro)} =.*(?:\n .*)*"
             return re.sub(place, f"{sweep.teacher_macro} = THE TEACHER", config.text) if sweep.teacher else config.text

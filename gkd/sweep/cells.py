@@ -173,6 +173,8 @@ def program_name(command: Sequence[str]) -> str:
 
 def _keep(plan: Plan, study: Study, cell: Cell, job: Job, outcome: Outcome, tell: Callable[[str], None]) -> None:
     metric = plan.sweep.metric
+    if outcome.results is not None:
+        outcome = outcome._replace(results=plan.sweep.judged(outcome.results))
     score = None if outcome.results is None else (outcome.results.get("final") or {}).get(metric)
     if outcome.results is not None and not (isinstance(score, int | float) and math.isfinite(score)):
         outcome = Outcome(None, f"its results have no final {metric}", -1)

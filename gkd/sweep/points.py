@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from gkd.errors import UserError
 from gkd.sweep.study import Outcome, Sampler, Study
@@ -17,6 +17,7 @@ from gkd.sweep.study import Outcome, Sampler, Study
 __all__ = ["Sweep"]
 
 Choice = str | Sequence[str]
+Split = Literal["val", "test"]
 TEACHER_WEIGHTS = "runs/ablation/teacher/student.safetensors"
 
 
@@ -79,6 +80,8 @@ class Sweep:
         sampler: ``'grid'`` for all combinations; ``'random'`` or ``'tpe'`` for some of them, chosen by Optuna.
         trials: Number of points that a sampler chooses.
         metric: What is compared, in per cent, and what ``'tpe'`` looks for the highest of.
+        split: Images that the metric is of: ``'test'``, or ``'val'``, those that the base's data hold out. None: ``'val'`` for a sampler
+            that chooses, ``'test'`` for a grid, which shows.
         teacher: Gin files of the training that makes the teacher, where the base has one that can be made. It runs once.
         teacher_weights: Where that teacher is or goes; a folder of its own, which several sweeps may share. By default
             ``runs/ablation/teacher/student.safetensors``.
@@ -107,6 +110,7 @@ class Sweep:
         sampler: Sampler = "grid",
         trials: int | None = None,
         metric: str = "top1",
+        split: Split | None = None,
         teacher: Choice = (),
         teacher_weights: str | None = None,
         teacher_macro: str = "TEACHER_WEIGHTS",
@@ -119,6 +123,7 @@ class Sweep:
         self.references = dict(references or {})
         self.baseline, self.seeds, self.sampler, self.trials = baseline, tuple(seeds), sampler, trials
         self.metric = metric
+        self.split: Split = split or ("test" if sampler == "grid" else "val")
         if teacher_weights is not None and not self.teacher:
             raise ValueError(f"Expected teacher, the gin files that train {teacher_weights}, beside teacher_weights (got none)")
         self.teacher_weights, self.teacher_macro = Path(teacher_weights or TEACHER_WEIGHTS), teacher_macro
@@ -133,6 +138,8 @@ class Sweep:
             raise ValueError(f"Expected the sampler {', '.join(map(repr, get_args(Sampler)))} (got {sampler!r})")
         if (sampler == "grid") != (trials is None):
             raise ValueError(f"Expected a number of trials for a sampler that chooses, and none for 'grid' (got {sampler!r} and {trials})")
+        if self.split not in get_args(Split):
+            raise ValueError(f"Expected the split {' or '.join(map(repr, get_args(Split)))} (got {split!r})")
         for name, count in (("trials", trials), ("workers", workers), ("threads", threads)):
             if count is not None and count < 1:
                 raise ValueError(f"Expected {name} to be at least 1 (got {count})")
@@ -146,6 +153,10 @@ class Sweep:
     def constant(self) -> set[str]:
         """Axes of one value, which hold what the references do not have; they are left out of the labels."""
         return {axis for axis, choices in self.axes.items() if len(choices) == 1}
+
+    def judged(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """What results.json holds, with the evaluations of the sweep's split as ``final`` and ``best``."""
+        return {**results, **results.get("val", {"final": None, "best": None})} if self.split == "val" else dict(results)
 
     def point(self, values: Mapping[str, str]) -> Point:
         """The point with these values on the axes."""

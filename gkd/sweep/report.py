@@ -38,7 +38,8 @@ def write_report(plan: Plan, outcomes: Mapping[str, Outcome], output: Path, name
         page.section("Failed cells", page.code("\n".join(failed)) if failed else ""),
         page.section("Axes", *heatmaps(plan, outcomes)),
     ]
-    lead = f"{len(plan.points)} points x {len(sweep.seeds)} seeds of {', '.join(sweep.base)}"
+    images = "held-out" if sweep.split == "val" else "test"
+    lead = f"{len(plan.points)} points x {len(sweep.seeds)} seeds of {', '.join(sweep.base)}, judged on the {images} images"
     write_comparison(output / "report.html", runs, sweep.baseline, name, lead, sweep.metric, sections)
 
     from rich.console import Console

@@ -236,6 +236,7 @@ class Task(ABC):
     def results(self, folder: RunFolder, summary: Summary) -> dict[str, Any]:
         """What results.json holds; the test images are looked at once where others were held out for choices."""
         final, best = summary.last, summary.best
+        held_out = {"val": {"final": final, "best": best}} if self.splits[0] == "val" else {}
         memory = peak_memory(self.trainer.device)
         further = {split: self.evaluate(split) for split in self.splits[1:]}
         if self.splits[0] != "test":
@@ -260,6 +261,7 @@ class Task(ABC):
             "seed": self.seed,
             "final": final,
             "best": best,
+            **held_out,
             **({"further": further} if further else {}),
             "chosen_on": self.splits[0],
             "teacher": self.teacher_record(),

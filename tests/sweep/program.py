@@ -19,6 +19,7 @@ if "x = 5" in bindings:
     raise RuntimeError("a defect")
 time.sleep(float(os.environ.get("SECONDS", "0")))
 score = sum(float(binding.split("=")[1]) for binding in bindings)
-(folder / "results.json").write_text(json.dumps({"final": {"top1": score}, "seed": 0}))
+held_out = {"final": {"top1": score + 100}, "best": None}
+(folder / "results.json").write_text(json.dumps({"final": {"top1": score}, "val": held_out, "seed": 0}))
 (folder / "student.safetensors").write_text("weights")
 """

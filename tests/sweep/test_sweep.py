@@ -97,6 +97,7 @@ def test_axes_are_bindings_files_and_nothing():
         ({"axes": {"x": (1,)}, "sampler": "best"}, "'grid', 'random', 'tpe'"),
         ({"axes": {"x": (1,)}, "sampler": "tpe"}, "number of trials"),
         ({"axes": {"x": (1,)}, "workers": 0}, "workers"),
+        ({"axes": {"x": (1,)}, "split": "train"}, r"'val' or 'test' \(got 'train'\)"),
         ({"base": (), "axes": {"x": (1,)}}, "gin file as the base"),
     ],
 )
@@ -273,7 +274,7 @@ def test_a_sampler_chooses_points(sampler):
     )
     found = scores(run(sweep, open_study()))
     assert 2 <= len(found) // 2 <= 5  # the reference and at most 4 points: a point may be drawn twice
-    assert found["zero", 1] == 1
+    assert found["zero", 1] == 101  # a sampler chooses by the held-out images
     assert scores(run(sweep, open_study())) == found
     assert len(ran()) == len(found)
 

@@ -144,6 +144,8 @@ def test_held_out_images_choose_and_test_images_are_looked_at_in_the_end(tmp_pat
     assert {record["split"] for record in records if record["kind"] == "eval"} == {"val"}
     assert results["chosen_on"] == "val"
     assert results["final"]["split"] == results["best"]["split"] == "test"
+    assert results["val"]["final"] == records[-1] | {"kind": "eval"}
+    assert results["val"]["best"]["split"] == "val"
     # The weights that were written are the last ones, also after the best were looked at.
     last = torch.load(folder.last, weights_only=True)["model"]
     assert all(torch.equal(value, last[f"student.{name}"]) for name, value in task.student.state_dict().items())

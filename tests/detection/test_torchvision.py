@@ -39,6 +39,16 @@ def targets(*counts):
     return [{"boxes": box, "labels": torch.arange(len(box)) + 3} for box in boxes]
 
 
+def test_every_side_of_a_new_fcos_has_a_gradient():
+    # Of the distances, cut off at 0, one side can be negative everywhere from the start; then its boxes stay flat for ever.
+    head = build("fcos").model.head.regression_head
+    features = [torch.rand(2, 32, 8, 8) for _ in range(5)]
+    with torch.no_grad():
+        head.bbox_reg.weight[3] = -head.bbox_reg.weight[3].abs()
+    distances, _ = head(features)
+    assert (distances > 0).flatten(0, 1).any(dim=0).all()
+
+
 @pytest.mark.parametrize("architecture", ["faster_rcnn", "retinanet", "fcos"])
 def test_training_pass(architecture):
     detector = build(architecture)

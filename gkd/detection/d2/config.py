@@ -13,6 +13,7 @@ from torch import nn
 
 from gkd.detection.d2.backbones import MOBILENETS, MobileNetBackbone, register_backbones
 from gkd.detection.d2.files import parse_config
+from gkd.detection.starting import start_with_boxes
 from gkd.errors import UserError, did_you_mean
 
 INSTALL_PAGE = "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
@@ -314,6 +315,7 @@ def build_detector(config: Any) -> nn.Module:
     """
     from detectron2.config import instantiate
     from detectron2.modeling import build_model
+    from detectron2.modeling.meta_arch.fcos import FCOS
 
     try:
         if is_lazy(config):
@@ -329,6 +331,8 @@ def build_detector(config: Any) -> nn.Module:
         raise UserError(
             f"Expected a model with a 'backbone' that gives feature maps by name, as GeneralizedRCNN has (got {type(model).__name__})"
         )
+    if isinstance(model, FCOS):
+        start_with_boxes(model.head.bbox_pred)
     return model
 
 

@@ -16,6 +16,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD
 
+from gkd.detection.starting import start_with_boxes
 from gkd.detection.torchvision.pyramids import build_pyramid, set_norm
 from gkd.errors import UserError
 from gkd.models.classifiers import import_factory
@@ -75,10 +76,15 @@ def build_network(plan: Plan) -> Any:
     Raises:
         UserError, ValueError, FileNotFoundError: If there is no such network, option or file.
     """
-    if plan.architecture in CLASSES:
-        return _build_on_backbone(plan)
     if ":" in plan.architecture:
         return _build_own(plan)
+    model = _build_on_backbone(plan) if plan.architecture in CLASSES else _build_by_name(plan)
+    if isinstance(model, detection.FCOS):
+        start_with_boxes(model.head.regression_head.bbox_reg)
+    return model
+
+
+def _build_by_name(plan: Plan) -> nn.Module:
     known = models.list_models(module=detection)
     if plan.architecture not in known:
         raise UserError(

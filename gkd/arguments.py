@@ -101,7 +101,10 @@ def describe_hint(hint: Any, plural: bool = False) -> str:
     if origin is not None and origin is not collections.abc.Callable and issubclass(origin, collections.abc.Iterable):
         return "lists" if plural else f"a list or tuple of {describe_hint(arguments[0], plural=True)}"
     if origin is collections.abc.Callable or hint is collections.abc.Callable:
-        return "classes or functions" if plural else "a class or function"
+        returned = arguments[1] if arguments else Any
+        if returned is Any or not inspect.isclass(returned):
+            return "classes or functions" if plural else "a class or function"
+        return f"{'callables that return' if plural else 'a callable that returns'} {returned.__name__}"
     if inspect.isclass(hint):
         return f"{hint.__name__} objects" if plural else f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__} object"
     return "values" if plural else "a value"
@@ -146,12 +149,43 @@ def _instances(hint: Any) -> Any:
     if origin is Literal or hint in PLAIN:
         return hint
     if origin is collections.abc.Callable:
-        return collections.abc.Callable
+        return Annotated[Any, AfterValidator(_callable_to(arguments[1]))]
     if origin in (Union, types.UnionType):
         return Union[tuple(map(_instances, arguments))]  # noqa: UP007  of a tuple
     if origin is not None and arguments:
         return origin[tuple(part if part is Ellipsis else _instances(part) for part in arguments)]
     return Annotated[Any, AfterValidator(_member_of(hint))] if inspect.isclass(hint) and hint is not Any else hint
+
+
+def _callable_to(returned: Any) -> Callable[[Any], Any]:
+    """A check that a value can be called, and does not declare to return something else: edges are no nodes."""
+
+    def check(value: Any) -> Any:
+        if not callable(value) or not _may_be(_returned_by(value), returned):
+            raise ValueError
+        return value
+
+    return check
+
+
+def _returned_by(value: Any) -> Any:
+    """What a class or function, or an object that is called, declares to return; Any where it says nothing."""
+    if inspect.isclass(value):
+        return value
+    function = value if inspect.isroutine(value) else getattr(value, "forward", type(value).__call__)
+    try:
+        return typing.get_type_hints(inspect.unwrap(function)).get("return", Any)
+    except Exception:  # an annotation of somebody else's that cannot be read
+        return Any
+
+
+def _may_be(declared: Any, returned: Any) -> bool:
+    """Whether what is declared may be what is asked for; what is no class is not judged."""
+    pair = [[hint] if get_origin(hint) not in (Union, types.UnionType) else list(get_args(hint)) for hint in (declared, returned)]
+    kinds = [[float if hint is int else get_origin(hint) or hint for hint in hints] for hints in pair]
+    if not all(inspect.isclass(kind) and kind is not Any and not is_protocol(kind) for side in kinds for kind in side):
+        return True
+    return any(issubclass(one, other) or issubclass(other, one) for one in kinds[0] for other in kinds[1])
 
 
 def _member_of(hint: type) -> Callable[[Any], Any]:
@@ -160,6 +194,8 @@ def _member_of(hint: type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if is_protocol(hint):
             fits = not inspect.isclass(inspect.unwrap(value)) and all(hasattr(value, name) for name in get_protocol_members(hint))
+            if fits and "__call__" in get_protocol_members(hint):
+                fits = _may_be(_returned_by(value), _returned_by(hint.__call__))
         else:
             fits = isinstance(value, hint)
         if not fits:

@@ -23,6 +23,10 @@ class Part:
     module: nn.Module
 
 
+def counted(step: int) -> int:
+    return step
+
+
 def takes(
     count: int = 0,
     amount: float = 0,
@@ -59,8 +63,8 @@ VALID = {
     "counts": [(1, 2)],
     "form": ["rw"],
     "terms": [None, {}, {"a": nn.ReLU()}],
-    "weights": [{"a": 1, "b": abs, "c": nn.ReLU()}],
-    "factory": [nn.ReLU, lambda: None, None],
+    "weights": [{"a": 1, "b": abs, "c": counted}],
+    "factory": [nn.ReLU, nn.Module, lambda: None, None],
     "grid": [2, (2, 3)],
     "path": ["a", Path("a")],
     "names": [["a"], ("a", "b")],
@@ -70,7 +74,7 @@ VALID = {
     "whole": [Part(nn.ReLU())],
     "settings": [{"a": 1}, None],
     "anything": [object(), nn.ReLU, 3],
-    "rule": [abs, None, nn.ReLU()],
+    "rule": [abs, None, counted],
     "absent": [3],
     "free": [3],
     "options": [3],
@@ -96,7 +100,10 @@ INVALID = [
     ("terms", {"a": 1}, "a dictionary of Module objects by name or None"),
     ("terms", {"a": nn.ReLU}, "a dictionary of Module objects by name or None"),
     ("weights", {"a": "1"}, "a dictionary"),
-    ("factory", 3, "a class or function or None"),
+    ("weights", {"a": nn.ReLU()}, "a dictionary"),
+    ("factory", 3, "a callable that returns Module or None"),
+    ("factory", counted, "a callable that returns Module or None"),
+    ("factory", nn.ReLU(), "a callable that returns Module or None"),
     ("grid", (2, 3, 4), "an integer or a tuple of 2 integers"),
     ("grid", 2.5, "an integer or a tuple of 2 integers"),
     ("path", 3, "a string or a path"),
@@ -109,6 +116,7 @@ INVALID = [
     ("settings", {3: 1}, "a dictionary"),
     ("rule", 3, "a Rule object or None"),
     ("rule", nn.ReLU, "a Rule object or None"),
+    ("rule", nn.ReLU(), "a Rule object or None"),
 ]
 
 

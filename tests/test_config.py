@@ -216,7 +216,7 @@ def test_numbers_and_lists_may_be_written_in_any_form(write):
 
 
 def test_an_object_given_to_whom_a_class_is_due_is_explained(write):
-    with pytest.raises(UserError, match=r"Car.maker to be a class or function or None \(got @Wheel\(\)\) in car.gin:1"):
+    with pytest.raises(UserError, match=r"Car.maker to be a callable that returns Wheel or None \(got @Wheel\(\)\) in car.gin:1"):
         build([write("car.gin", "Car.maker = @Wheel()\n")])
 
 

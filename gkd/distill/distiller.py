@@ -89,7 +89,7 @@ class Distiller(nn.Module):
         weights: Mapping[str, float | Schedule | Callable[[float], float]] | None = None,
         stages: Mapping[str, Sequence[str]] | None = None,
         extra_taps: Mapping[str, Sequence[str] | str] | None = None,
-        task: nn.Module | None = None,
+        task: Callable[..., Tensor | Mapping[str, Tensor]] | None = None,
         label_smoothing: float = 0.0,
         balance: GradientBalance | str | None = None,
         input_size: Sequence[int] = (3, 32, 32),

@@ -54,7 +54,7 @@ class GraphBuilder(nn.Module):
         tensor(True)
     """
 
-    def __init__(self, nodes: nn.Module, edges: nn.Module, encoding: nn.Module | None = None) -> None:
+    def __init__(self, nodes: Callable[..., Nodes], edges: Callable[..., Edges], encoding: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.nodes = nodes
         self.edges = edges
@@ -222,7 +222,7 @@ def prune(graph: Data) -> Data:
     return pruned
 
 
-def encode(graph: Batch, encoding: nn.Module | None) -> Batch:
+def encode(graph: Batch, encoding: Callable[..., Tensor] | None) -> Batch:
     """Gives the nodes what the encoding returns as ``pe``.
 
     Args:

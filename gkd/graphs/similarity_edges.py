@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ class NeighborEdges(SimilarityEdges):
         return Edges(edge_index, self.similarity.weights(scores.reshape(-1), exists, None, batch_size, rows.unit))
 
 
-def signed_weights(graph: Data, edges: nn.Module | None) -> Tensor:
+def signed_weights(graph: Data, edges: Callable[..., Edges] | None) -> Tensor:
     """Weights of the edges of a graph before cosines are clipped at 0; fillers weigh 0 all the same.
 
     Args:

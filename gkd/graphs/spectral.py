@@ -4,11 +4,12 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import Data
 
 from gkd.graphs.arguments import one_of
 from gkd.graphs.dense import to_dense, to_padded
+from gkd.graphs.edge_index import Edges
 from gkd.graphs.eigen import Exact, Factored
 from gkd.graphs.heat import Times, as_times, heat_diagonal, heat_kernel, heat_trace
 from gkd.graphs.laplacian import Normalization, check_normalization, connected, inverse_sqrt, is_sparse, laplacian, node_degree
@@ -188,7 +189,7 @@ class Spectrum:
         method: Method = "auto",
         damping: float | None = None,
         iteration: Iteration | None = None,
-        edges: nn.Module | None = None,
+        edges: Callable[..., Edges] | None = None,
     ) -> None:
         check_method(method)
         check_normalization(normalization)
@@ -206,7 +207,9 @@ class Spectrum:
         return graph if isinstance(graph, Spectrum) else cls(graph)
 
     @classmethod
-    def of_lowrank(cls, make: Callable[[], Data], x: Tensor, mask: Tensor, lowrank: LowRank, edges: nn.Module | None = None) -> Spectrum:
+    def of_lowrank(
+        cls, make: Callable[[], Data], x: Tensor, mask: Tensor, lowrank: LowRank, edges: Callable[..., Edges] | None = None
+    ) -> Spectrum:
         """Makes a view of graphs that are known by their factor, with nodes x [B, N, d]; ``make`` builds the batch if it is asked for."""
         spectrum = cls.__new__(cls)
         spectrum.normalization, spectrum.method, spectrum.damping, spectrum.iteration = "sym", "auto", None, Iteration()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -58,7 +58,7 @@ class StageGraph(nn.Module):
         cross: nn.Module | None = None,
         projections: Mapping[str, nn.Module] | None = None,
         pairs: Literal["adjacent", "all"] = "adjacent",
-        encoding: nn.Module | None = None,
+        encoding: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not builders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,7 @@ def try_losses(task: Task) -> None:
     """One forward and backward pass for every set of terms that the training will have active.
 
     Raises:
+        UserError: If a network or a term fails, as one does that was bound where another kind is meant.
         NonFiniteLossError: If a loss or a gradient is NaN or infinite.
     """
     fabric = task.trainer.fabric
@@ -94,9 +96,17 @@ def try_losses(task: Task) -> None:
     distiller = copy.deepcopy(task.distiller).train()
     for epoch in first_epochs(distiller, task.trainer.total_steps(task.steps_per_epoch), task.steps_per_epoch):
         distiller.progress(epoch)
-        with fabric.autocast():
-            losses = distiller(*batch)
-        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+        try:
+            with fabric.autocast():
+                losses = distiller(*batch)
+            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+        except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            raise UserError(
+                f"Expected the networks and all terms to take a step on one batch (got {type(error).__name__} in "
+                f"{_place(error, distiller)}: {error}). Check what is bound there; --debug shows more."
+            ) from error
         gradients = {name: parameter.grad for name, parameter in distiller.named_parameters() if parameter.grad is not None}
         for what, tensors in (("losses", losses), ("gradients", gradients)):
             bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
@@ -106,6 +116,17 @@ def try_losses(task: Task) -> None:
                     f"with the weights of epoch {epoch + 1:g}, {task.describe(batch)}). Check the student's weights and the images."
                 )
         distiller.zero_grad(set_to_none=True)
+
+
+def _place(error: BaseException, distiller: Distiller) -> str:
+    """The innermost part of the distiller, or of a term, that an error came from."""
+    names = {id(module): name for name, module in distiller.named_modules()}
+    place: nn.Module = distiller
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        place = module if isinstance(module, nn.Module) else place
+    name = names.get(id(place), "")
+    return f"{type(place).__name__} ({name})" if name else type(place).__name__
 
 
 def first_epochs(distiller: Distiller, steps: int, steps_per_epoch: int) -> Iterator[float]:

@@ -58,6 +58,14 @@ def task(weights, terms=None, ramps=None, data=None, **settings) -> Classificati
     )
 
 
+@pytest.mark.parametrize("error", [TypeError("too many"), AttributeError("no shape"), KeyError("layer3"), RuntimeError("sizes differ")])
+def test_a_part_that_fails_is_named(weights, tmp_path, error):
+    run = task(weights, terms={"mine": Broken(error)}, ramps={"mine": Ramp(1.0, start=1, up=0)})
+    with pytest.raises(UserError, match=rf"got {type(error).__name__} in Broken \(terms.mine\): .*--debug"):
+        run.train(RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_with_it_equals_one_without(tmp_path, weights, capsys):
     ramps = {"crd": Ramp(1.0, up=1, start=1)}
     for name in ("with", "without"):

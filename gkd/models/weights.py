@@ -107,15 +107,20 @@ def _check(current: Mapping[str, Any], state: Mapping[str, Any], expected: str) 
     raise ValueError(message)
 
 
-def _check_finite(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+def broken_weights(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Names of a model's parameters in `state` that hold NaN or infinity, and of buffers that hold NaN: an infinite buffer is a mask."""
     parameters = {name for name, _ in model.named_parameters()}
-    broken = [
+    return [
         name
         for name, value in state.items()
         if isinstance(value, Tensor)
         and value.is_floating_point()
         and bool((~value.isfinite() if name in parameters else value.isnan()).any())
     ]
+
+
+def _check_finite(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    broken = broken_weights(model, state)
     if broken:
         raise ValueError(
             f"Expected finite weights in {source} (got NaN or infinity in {len(broken)} of {len(state)} entries: {_some(broken)}); the "

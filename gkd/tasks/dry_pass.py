@@ -17,6 +17,7 @@ from gkd.engine import NonFiniteLossError
 from gkd.engine.checkpoint import rng_state, set_rng_state
 from gkd.engine.loop import split_batch
 from gkd.errors import UserError
+from gkd.models.weights import broken_weights
 
 if TYPE_CHECKING:
     from gkd.tasks.task import Task
@@ -54,13 +55,12 @@ def dry_pass(task: Task) -> None:
 
 
 def check_weights(teacher: nn.Module) -> None:
-    """Refuses a teacher with weights that are no numbers.
+    """Refuses a teacher with weights that `load_weights` would refuse in a file: NaN, or infinity in a parameter.
 
     Raises:
         UserError: If there are some.
     """
-    tensors = itertools.chain(teacher.named_parameters(), teacher.named_buffers())
-    bad = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = broken_weights(teacher, dict(itertools.chain(teacher.named_parameters(), teacher.named_buffers())))
     if bad:
         raise UserError(f"Expected finite weights of the teacher (got NaN or infinity in {', '.join(bad[:3])}). Use another file.")
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
+from gkd.files import write_atomic
 from gkd.viz import page
 from gkd.viz.curves import draw_method_curves
 from gkd.viz.report import NO_PICTURES
@@ -80,6 +81,6 @@ def write_comparison(
     seeds = sorted({run.seed for run in runs})
     lead = lead or f"{len(comparison.rows)} methods, {len(seeds)} seed{'s' if len(seeds) != 1 else ''} ({', '.join(map(str, seeds))})"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.page(title, lead, parts))
+    content = page.page(title, lead, parts).encode()
+    write_atomic(path, lambda file: file.write(content))
     return path

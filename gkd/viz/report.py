@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.errors import UserError
+from gkd.files import write_atomic
 from gkd.viz import page
 from gkd.viz.curves import TITLES, draw_accuracies, draw_losses, headline
 from gkd.viz.style import can_draw, figure_to_svg
@@ -35,7 +36,7 @@ def write_report(folder: RunFolder, task: Any = None, title: str | None = None) 
         Path of the report.
 
     Raises:
-        UserError: If the folder holds neither results nor metrics.
+        UserError: If the folder holds neither results nor metrics, or cannot be written to.
     """
     results = json.loads(folder.results.read_text()) if folder.results.is_file() else {}
     metrics = read_metrics(folder.metrics)
@@ -43,7 +44,8 @@ def write_report(folder: RunFolder, task: Any = None, title: str | None = None) 
         raise UserError(f"Expected results.json or metrics.jsonl in {folder.path} (got neither). Give the folder of a run, or train first.")
     config = folder.config.read_text() if folder.config.is_file() else ""
     sections = task.sections() if task is not None and can_draw() else []
-    folder.report.write_text(render_report(title or folder.path.resolve().name, results, metrics, config, sections))
+    content = render_report(title or folder.path.resolve().name, results, metrics, config, sections).encode()
+    write_atomic(folder.report, lambda file: file.write(content))
     return folder.report
 
 

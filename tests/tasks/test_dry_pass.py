@@ -17,7 +17,7 @@ from gkd.errors import UserError
 from gkd.losses import CRDLoss, KDLoss
 from gkd.models import build_classifier
 from gkd.tasks import Classification, Network
-from gkd.tasks.dry_pass import first_epochs
+from gkd.tasks.dry_pass import check_weights, first_epochs
 
 
 class Broken(nn.Module):
@@ -139,6 +139,16 @@ def test_a_teacher_with_weights_that_are_no_numbers_is_refused(tmp_path, weights
         next(broken.teacher.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match=r"Expected finite weights of the teacher \(got NaN or infinity in model\."):
         broken.train(RunFolder(tmp_path))
+
+
+def test_a_teacher_may_have_infinite_buffers_but_no_infinite_weights():
+    teacher = nn.Linear(2, 2)
+    teacher.register_buffer("mask", torch.full((2, 2), float("-inf")), persistent=False)
+    check_weights(teacher)
+    with torch.no_grad():
+        teacher.weight[0, 0] = torch.inf
+    with pytest.raises(UserError, match=r"NaN or infinity in weight\)"):
+        check_weights(teacher)
 
 
 def test_absent_files_and_broken_images_are_found_before_the_first_step(tmp_path):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import re
 import shutil
 import struct
@@ -136,6 +138,24 @@ def check_self_contained(text: str, pictures: int) -> Page:
     assert len(set(page.ids)) == len(page.ids)
     assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
     return page
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = read_run(folder.path, "KD")
+    pages = {
+        write_report(folder): lambda: write_report(folder),
+        tmp_path / "all.html": lambda: write_comparison(tmp_path / "all.html", [run]),
+    }
+    (tmp_path / "all.html").write_text("old")
+    before = {path: path.read_text() for path in pages}
+    monkeypatch.setattr(os, "fsync", refuse)
+    for path, write in pages.items():
+        with pytest.raises(UserError, match=r"Expected to be able to write .* \(got: No space left on device\)"):
+            write()
+        assert path.read_text() == before[path]
 
 
 def test_report_of_a_folder(folder):

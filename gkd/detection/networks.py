@@ -105,6 +105,14 @@ class DetectorPair(NetworkPair):
         """Images and what is in them."""
         return images, targets
 
+    def heads(self, student: nn.Module, teacher: nn.Module, input_size: Sequence[int]) -> tuple[Any, Any]:
+        """Detectors have no last layer that gives the logits of an image.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("Expected classifiers for a term that asks for the networks' outputs (got detectors)")
+
     def regions(self, images: Images, targets: Any, output: Output, true_boxes_only: bool = False) -> tuple[list[Tensor], tuple[int, int]]:
         """True boxes and, unless a term is about true boxes only, background: that which the student responds to."""
         true = [target["boxes"] for target in targets]

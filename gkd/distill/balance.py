@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gkd.errors import UserError
+
 # Gradients are measured on losses scaled by this, and the measured norm is divided by it: a mean over a batch leaves gradients that
 # float16 would flush to 0.
 MEASURING_SCALE = 1024.0
@@ -146,6 +148,19 @@ class GradientBalance(nn.Module):
     def extra_repr(self) -> str:
         """Returns what the printed module shows."""
         return f"interval={self.interval}, momentum={self.momentum}, cap={self.cap}"
+
+
+def as_balance(balance: GradientBalance | str | None) -> GradientBalance | None:
+    """Makes a balance of its name.
+
+    Raises:
+        UserError: If there is none of this name.
+    """
+    if balance is None or isinstance(balance, GradientBalance):
+        return balance
+    if balance != "gradient":
+        raise UserError(f"Expected 'balance' to be 'gradient', a GradientBalance or None (got '{balance}')")
+    return GradientBalance()
 
 
 def _gradients(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:

@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gkd.distill.balance import GradientBalance
+from gkd.distill.balance import GradientBalance, as_balance
 from gkd.distill.networks import NetworkPair, Taps
 from gkd.distill.plan import Call, module_key, plan_calls, two_paths
 from gkd.distill.schedule import Schedule
 from gkd.distill.weights import LossName, resolve_weights
 from gkd.errors import UserError
-from gkd.losses.term import ChangesWithTime, ChecksParts, RemembersSamples, Term
+from gkd.losses.term import ChangesWithTime, ChecksParts, Outputs, RemembersSamples, Term
 from gkd.models import ChannelAdapter, Teacher, read_logits
 
 
@@ -120,16 +120,19 @@ class Distiller(nn.Module):
         self._calls = [call for call in calls if not all(self._schedules[name].always_zero for name in call.losses.values())]
         self._check_parts(terms)
         self._paths = {stage: path for stage, path in paths.items() if any(stage in call.stages for call in self._calls)}
-        self.__dict__["_student_taps"] = self.networks.student_taps(student, _unique(path for path, _ in self._paths.values()))
-        teacher_paths = _unique(path for _, path in self._paths.values())
+        self.__dict__["_student_taps"] = self.networks.student_taps(student, dict.fromkeys(path for path, _ in self._paths.values()))
+        teacher_paths = dict.fromkeys(path for _, path in self._paths.values())
         self.__dict__["_teacher_taps"] = self.networks.teacher_taps(teacher, teacher_paths) if teacher else None
+        self._heads: tuple[Any, ...] = ()
+        if teacher is not None and any(call.term.needs_outputs for call in self._calls):
+            self._heads = self.networks.heads(student, teacher, input_size)
         self.adapters, self.terms = nn.ModuleDict(), nn.ModuleDict()
         self._build(terms, tuple(input_size))
 
         shares = [name for name, schedule in self._schedules.items() if schedule.is_share]
         if "task" in shares:
             raise UserError("Expected an absolute weight of 'task', in units of which the shares count (got a Share)")
-        self.balance = _balance(balance) or (GradientBalance() if shares else None)
+        self.balance = as_balance(balance) or (GradientBalance() if shares else None)
         if self.balance is not None:
             computed = [name for call in self._calls for name in call.losses.values()]
             self.balance.build([name for name in computed if name in shares or not shares])
@@ -220,6 +223,8 @@ class Distiller(nn.Module):
             options: dict[str, Any] = {}
             if any(call.term.needs_index for call in calls):
                 options["index"] = _expect_index(index)
+            if any(call.term.needs_outputs for call in calls):
+                options["outputs"] = Outputs(*self.networks.logits(output, teacher_output, targets), *self._heads)
             compared = dict.fromkeys(call.term.compares for call in calls if call.term.level == "logits")
             logits = {kind: self.networks.logits(output, teacher_output, targets, kind) for kind in compared}
             adapted = self._adapted(calls, student, teacher)
@@ -277,8 +282,7 @@ class Distiller(nn.Module):
         teacher: Mapping[str, Tensor],
         context: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        keys = ["index"] * call.term.needs_index + ["boxes", "image_size"] * call.term.needs_boxes
-        options = {key: context[key] for key in keys}
+        options = {key: context[key] for key in call.term.keywords}
         if None not in call.losses:
             options["parts"] = [part for part, name in call.losses.items() if name in self._active]
         module = self.terms[call.key]
@@ -339,11 +343,13 @@ class Distiller(nn.Module):
             module: Any = modules[call.name]
             if call.builds:
                 shapes = matched if call.adapted else student
+                options = {"num_classes": self._heads[0].num_classes} if call.term.needs_outputs else {}
                 if call.term.level == "stage":
                     module = copy.deepcopy(module)
-                    module.build(shapes[call.stages[0]], teacher[call.stages[0]])
+                    module.build(shapes[call.stages[0]], teacher[call.stages[0]], **options)
                 else:
-                    module.build({stage: shapes[stage] for stage in call.stages}, {stage: teacher[stage] for stage in call.stages})
+                    seen, asked = ({stage: sizes[stage] for stage in call.stages} for sizes in (shapes, teacher))
+                    module.build(seen, asked, **options)
             self.terms[call.key] = module
 
     def _check_parts(self, modules: Mapping[str, nn.Module]) -> None:
@@ -384,15 +390,3 @@ def _expect_index(index: Tensor | None) -> Tensor:
     if index is None:
         raise ValueError("Expected 'index', the positions of the images in the data set, for a term that keeps a memory of them (got None)")
     return index
-
-
-def _unique(paths: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(paths))
-
-
-def _balance(balance: GradientBalance | str | None) -> GradientBalance | None:
-    if balance is None or isinstance(balance, GradientBalance):
-        return balance
-    if balance != "gradient":
-        raise UserError(f"Expected 'balance' to be 'gradient', a GradientBalance or None (got '{balance}')")
-    return GradientBalance()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd.errors import UserError
-from gkd.models import FeatureTaps, read_logits
+from gkd.models import ClassHead, FeatureTaps, find_head, read_logits
 
 
 class Taps(Protocol):
@@ -56,6 +56,14 @@ class NetworkPair:
             raise UserError(f"Expected a term that compares class logits for these networks (got one that compares {compares})")
         is_mixed = isinstance(targets, Tensor) and targets.is_floating_point() and targets.dim() == 2
         return read_logits(output), read_logits(teacher_output), targets.argmax(dim=1) if is_mixed else targets
+
+    def heads(self, student: nn.Module, teacher: nn.Module, input_size: Sequence[int]) -> tuple[ClassHead, ClassHead]:
+        """The last layers of both, for terms that ask for the networks' outputs; they follow the networks wherever these go.
+
+        Raises:
+            UserError: If the networks are no classifiers.
+        """
+        return find_head(student, input_size), find_head(teacher, input_size)
 
     def anchors(self, output: Any, logits: tuple[Any, Any, Any]) -> list[Tensor]:
         """Where terms of the level ``'logits'`` and the task both pull at the student, for a balance of their gradients."""

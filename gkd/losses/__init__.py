@@ -1,6 +1,7 @@
 """Losses between a student and a teacher: of logits, maps, relations and graphs; functions of tensors, and thin modules around them."""
 
 from gkd.losses.attention import channel_attention, feature_attention, node_attention, spatial_attention
+from gkd.losses.class_maps import CATKDLoss, cat_loss, class_maps
 from gkd.losses.contrastive import CRDLoss, HKDLoss, crd_loss, info_nce_loss, sample_negatives
 from gkd.losses.ctkd import CTKDLoss, ctkd_loss, scale_gradient
 from gkd.losses.detection import CWDLoss, DenseKDLoss, MGDLoss, PKDLoss, cwd_loss, dense_kd_loss, pkd_loss
@@ -34,6 +35,7 @@ from gkd.losses.logits import (
     sigmoid_kd_loss,
 )
 from gkd.losses.mlkd import MLKDLoss, mlkd_loss
+from gkd.losses.ofa import OFALoss, ofa_loss
 from gkd.losses.regions import DsigLoss, FGDLoss, GlobalContext, fgd_focal_loss, foreground_mask, instance_graph_loss
 from gkd.losses.relations import (
     CCLoss,
@@ -52,14 +54,16 @@ from gkd.losses.relations import (
 )
 from gkd.losses.review import ReviewKDLoss, hcl_loss
 from gkd.losses.rld import RLDLoss, rld_loss
+from gkd.losses.sdd import SDDLoss, local_logits, sdd_loss
 from gkd.losses.spectral import SpectralLoss, heat_loss, projector_loss, residual_loss, spectrum_loss
 from gkd.losses.standardized import StandardizedLogits, standardize_logits
-from gkd.losses.term import GraphTerm, Term
+from gkd.losses.term import GraphTerm, Head, Outputs, Term
 from gkd.losses.vertices import MessageLoss, VertexLoss, vertex_loss
 from gkd.losses.vkd import VkDLoss, vkd_loss
 
 __all__ = [
     "ATLoss",
+    "CATKDLoss",
     "CCLoss",
     "CRDLoss",
     "CTKDLoss",
@@ -77,6 +81,7 @@ __all__ = [
     "GraphLoss",
     "GraphTerm",
     "HKDLoss",
+    "Head",
     "ICKDLoss",
     "IRGLoss",
     "KDLoss",
@@ -87,12 +92,15 @@ __all__ = [
     "MaskKDLoss",
     "MessageLoss",
     "NSTLoss",
+    "OFALoss",
     "OFDLoss",
+    "Outputs",
     "PKDLoss",
     "PKTLoss",
     "RKDLoss",
     "RLDLoss",
     "ReviewKDLoss",
+    "SDDLoss",
     "SPLoss",
     "SigmoidKDLoss",
     "SpectralLoss",
@@ -103,8 +111,10 @@ __all__ = [
     "VkDLoss",
     "adjacency_loss",
     "at_loss",
+    "cat_loss",
     "cc_loss",
     "channel_attention",
+    "class_maps",
     "crd_loss",
     "ctkd_loss",
     "cwd_loss",
@@ -126,11 +136,13 @@ __all__ = [
     "irg_loss",
     "kd_loss",
     "ld_loss",
+    "local_logits",
     "logit_mse_loss",
     "mask_kd_loss",
     "mlkd_loss",
     "node_attention",
     "nst_loss",
+    "ofa_loss",
     "ofd_loss",
     "ofd_margin",
     "pkd_loss",
@@ -142,6 +154,7 @@ __all__ = [
     "rld_loss",
     "sample_negatives",
     "scale_gradient",
+    "sdd_loss",
     "sigmoid_kd_loss",
     "sp_loss",
     "spatial_attention",

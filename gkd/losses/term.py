@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["GraphTerm", "Term"]
+__all__ = ["GraphTerm", "Head", "Outputs", "Term"]
 
 Level = Literal["logits", "stage", "stages"]
 
@@ -20,7 +20,8 @@ class Term:
 
     * ``build(student_shape, teacher_shape)``, for terms that own layers, is called once with the shapes [B, C, h, w] of the maps at the
       level ``'stage'``, where every stage gets a copy of the module, and with two dictionaries of shapes at ``'stages'``.
-      Heights and widths are those of ``Distiller.input_size``; in training they are those of the images.
+      Heights and widths are those of ``Distiller.input_size``; in training they are those of the images. With ``needs_outputs`` it is also
+      given ``num_classes=``.
     * ``check_parts(active)`` is called once with the names of the parts that weigh something at some time; it raises a ValueError if what
       the term was given is read by none of them.
     * ``progress(epoch)``, for terms that change with time, is called with the epoch, which need not be a whole number.
@@ -49,6 +50,8 @@ class Term:
     """It is called with ``index=`` the positions of the images in the data set."""
     needs_boxes: bool = False
     """It is called with ``boxes=`` and ``image_size=``, see :class:`~gkd.distill.NetworkPair`."""
+    needs_outputs: bool = False
+    """A term of maps that is called with ``outputs=``, the :class:`Outputs` of both networks: logits, targets, and their last layers."""
     true_boxes_only: bool = False
     """Its boxes are the annotated ones, without the background that a detector's task may add."""
     dense: bool = False
@@ -56,6 +59,11 @@ class Term:
     compares: str = "classes"
     """Of detectors, what a term of the level ``'logits'`` compares: scores of ``'classes'``; ``'masks'`` in shared proposals; the
     ``'locations'`` of boxes, with the teacher's confidence as target; or ``'crossed'``, the teacher's head on both networks' maps."""
+
+    @property
+    def keywords(self) -> list[str]:
+        """The keyword arguments that its declarations ask for, without ``parts``."""
+        return ["index"] * self.needs_index + ["boxes", "image_size"] * self.needs_boxes + ["outputs"] * self.needs_outputs
 
     @classmethod
     def of(cls, module: nn.Module, name: str = "") -> Term:
@@ -85,6 +93,32 @@ class Term:
             if field.type == "bool" and not isinstance(declared.get(field.name, False), bool):
                 raise ValueError(f"Expected {title} to have True or False as '{field.name}' (got {declared[field.name]!r})")
         return cls(**declared)
+
+
+class Head(Protocol):
+    """The last layer of a classifier, a linear one; reading its weights raises a ValueError where a network has none."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, C], the rows in the order of the student's classes."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[K], or None."""
+
+    def check_map(self, features: Tensor, logits: Tensor) -> None:
+        """Raises a ValueError unless the layer sees the mean of this map."""
+
+
+class Outputs(NamedTuple):
+    """What two classifiers make of the images in the end, for the terms of maps that declare ``needs_outputs``."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    target: Any
+    """As terms of the level ``'logits'`` see it: one class of every image."""
+    student_head: Head
+    teacher_head: Head
 
 
 @dataclass(frozen=True)
@@ -117,7 +151,7 @@ def _declared(module: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
 class BuildsLayers(Protocol):
     """A term with layers of its own, see :class:`Term`."""
 
-    def build(self, student_shape: Any, teacher_shape: Any) -> None:
+    def build(self, student_shape: Any, teacher_shape: Any, **options: Any) -> None:
         """Creates the layers for maps of these shapes."""
 
 

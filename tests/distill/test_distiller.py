@@ -85,6 +85,20 @@ class Built(nn.Module):
         return (self.layer(student.mean((2, 3))) - teacher.mean((2, 3))).square().mean()
 
 
+class Outcome(nn.Module):
+    """A term of maps that asks for what the networks make of them in the end."""
+
+    level = "stages"
+    needs_outputs = True
+
+    def build(self, student_shapes, teacher_shapes, num_classes):
+        self.layer = nn.Linear(list(student_shapes.values())[-1][1], num_classes)
+
+    def forward(self, student, teacher, outputs):
+        self.outputs = outputs
+        return (self.layer(list(student.values())[-1].mean((2, 3))) - outputs.teacher_logits).square().mean()
+
+
 TAPS = {"low": "0", "high.1": ("1.1", "1.1")}
 
 
@@ -570,3 +584,27 @@ def test_extra_taps_are_for_the_terms_that_name_them():
         Distiller(*networks, terms={"rkd": RKDLoss()}, stages={"rkd": ["logit"]}, **settings)
     with pytest.raises(UserError, match="Expected other names in 'extra_taps'"):
         Distiller(*networks, taps={"conv": "conv"}, extra_taps={"conv": "fc"})
+
+
+def test_a_term_of_maps_sees_logits_targets_and_last_layers(batch):
+    distiller = build(terms={"outcome": Outcome()})
+    losses = distiller(*batch)
+    term = distiller.terms["outcome"]
+    assert torch.equal(term.outputs.student_logits, distiller.student_logits)
+    assert torch.equal(term.outputs.teacher_logits, distiller.teacher_logits)
+    assert torch.equal(term.outputs.target, batch[1])
+    torch.testing.assert_close(term.outputs.student_head.weight, distiller.student[4].weight)
+    torch.testing.assert_close(term.outputs.teacher_head.weight, distiller.teacher.model[4].weight)
+    assert losses["outcome"].requires_grad
+    assert not [name for name in distiller.state_dict() if "head" in name]
+
+
+def test_the_last_layers_of_a_copy_are_those_of_its_networks():
+    twin = copy.deepcopy(build(terms={"outcome": Outcome()}))
+    assert twin._heads[0].layer is twin.student[4]
+    assert twin._heads[1].layer is twin.teacher.model[4]
+
+
+def test_networks_are_not_probed_for_their_last_layer_without_need():
+    assert build(terms={"outcome": Outcome()}, weights={"outcome": 0.0})._heads == ()
+    assert build(terms={"kd": Soft()})._heads == ()

@@ -50,6 +50,7 @@ def test_what_is_declared_is_read():
         "parts": ["a", "b"],
         "needs_index": True,
         "needs_boxes": True,
+        "needs_outputs": True,
         "true_boxes_only": True,
         "dense": True,
         "compares": "masks",

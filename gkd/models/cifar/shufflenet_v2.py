@@ -69,7 +69,8 @@ class ShuffleNetV2(nn.Module):
     """ShuffleNetV2 for 32x32 images with a 1x1 first convolution, and the parameter names of the CRD zoo.
 
     Stages: `layer1`, `layer2`, `layer3` give the activated maps at 1/2, 1/4 and 1/8 of the image's size, `layer1.-1.preact`, ... the
-    same before activation (with channels in another order), `avgpool` the pooled features [B, D] of the last 1x1 convolution.
+    same before activation (with channels in another order), `relu` the map of the last 1x1 convolution, `avgpool` its pooled
+    features [B, D].
 
     Args:
         widths: Channels of the three stages and of the last convolution.
@@ -94,6 +95,7 @@ class ShuffleNetV2(nn.Module):
         self.layer3 = _stage(widths[1], widths[2], depths[2])
         self.conv2 = conv1x1(widths[2], widths[3])
         self.bn2 = nn.BatchNorm2d(widths[3])
+        self.relu = nn.ReLU(inplace=True)
         self.avgpool = GlobalPool()
         self.linear = nn.Linear(widths[3], num_classes)
 
@@ -101,8 +103,7 @@ class ShuffleNetV2(nn.Module):
         """Returns the logits of the images."""
         x = F.relu(self.bn1(self.conv1(images)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        return self.linear(self.avgpool(x))
+        return self.linear(self.avgpool(self.relu(self.bn2(self.conv2(x)))))
 
 
 ShuffleV2 = partial(ShuffleNetV2, (116, 232, 464, 1024), (3, 7, 3))

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace, making: Sequence[str] = ()) -> None:
         if fabric.is_global_zero:
             folder.prepare(resume=arguments.resume, overwrite=arguments.overwrite)
         fabric.barrier()
-        results = task.train(folder, config.text, resume=arguments.resume)
+        results = task.train(folder, config.text, arguments.resume, arguments.overwrite)
         if results is None:
             return
         if fabric.is_global_zero and not arguments.no_report:

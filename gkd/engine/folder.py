@@ -71,7 +71,7 @@ class RunFolder:
 
         Args:
             resume: Keep what is there, to go on with it; a folder that is not there is made.
-            overwrite: Remove what an earlier training wrote there, and nothing else.
+            overwrite: Take a folder that holds an earlier training; :meth:`clear` removes that.
 
         Raises:
             UserError: If the folder holds something and neither was asked, if both were, or if it cannot be written to.
@@ -88,14 +88,24 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self.lock:
-                if overwrite:
-                    for path in self.contents:
-                        if path.is_dir():
-                            shutil.rmtree(path)
-                        else:
-                            path.unlink(missing_ok=True)
                 for folder in (self.path, self.last.parent):
                     remove_temporary(folder)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def clear(self) -> None:
+        """Removes what an earlier training wrote, and nothing else.
+
+        Raises:
+            UserError: If it cannot be removed, or another process writes to the folder.
+        """
+        try:
+            with self.lock:
+                for path in self.contents:
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(self.path, error) from error
 

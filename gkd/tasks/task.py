@@ -180,13 +180,14 @@ class Task(ABC):
         """This process's part of a batch."""
         return batch_size // self.trainer.fabric.world_size
 
-    def train(self, folder: RunFolder, config: str = "", resume: bool = False) -> dict[str, Any] | None:
+    def train(self, folder: RunFolder, config: str = "", resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
         """Trains and fills the run folder.
 
         Args:
             folder: A folder that was prepared.
             config: Operative configuration, to be kept with the run.
             resume: Go on from the last checkpoint.
+            overwrite: Remove what an earlier training wrote, once nothing is known to stop this one.
 
         Returns:
             The results, or None where `max_steps` ended the training before its end.
@@ -198,6 +199,8 @@ class Task(ABC):
                 self.trainer.say("Resuming with other bindings than the run had: " + "; ".join(changed))
         if self.trainer.dry_pass:
             dry_pass(self)
+        if overwrite and is_first:
+            folder.clear()
         summary = self.trainer.fit(self, folder, resume, config)
         if not summary.finished:
             self.trainer.say(

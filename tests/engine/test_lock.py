@@ -37,6 +37,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, holder):
     for attempt in (
         lambda: RunFolder(tmp_path).prepare(resume=True),
         lambda: RunFolder(tmp_path).prepare(overwrite=True),
+        RunFolder(tmp_path).clear,
         lambda: toy.fit(tmp_path),
     ):
         with pytest.raises(UserError, match=rf"no other training writes to \(got .* held by the process {holder.pid} on .* since"):

@@ -58,6 +58,18 @@ def task(weights, terms=None, ramps=None, data=None, **settings) -> Classificati
     )
 
 
+def test_a_run_is_overwritten_only_by_one_that_can_begin(weights, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    task(weights, epochs=1).train(folder)
+    before = folder.student.read_bytes()
+    folder.prepare(overwrite=True)
+    with pytest.raises(UserError, match="in Broken"):
+        task(weights, terms={"mine": Broken(TypeError("too many"))}).train(folder, overwrite=True)
+    assert folder.student.read_bytes() == before
+    task(weights, epochs=1, optimizer=SGD(lr=0.1)).train(folder, overwrite=True)
+    assert folder.student.read_bytes() != before
+
+
 @pytest.mark.parametrize("error", [TypeError("too many"), AttributeError("no shape"), KeyError("layer3"), RuntimeError("sizes differ")])
 def test_a_part_that_fails_is_named(weights, tmp_path, error):
     run = task(weights, terms={"mine": Broken(error)}, ramps={"mine": Ramp(1.0, start=1, up=0)})

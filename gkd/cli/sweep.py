@@ -7,17 +7,16 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gkd.config import configure
-from gkd.engine.folder import save_student
 from gkd.errors import UserError
-from gkd.sweep import Sweep
-from gkd.sweep.cells import Job, make_teacher, work
-from gkd.sweep.commands import Commands
-from gkd.sweep.points import Cell, Plan, Point
-from gkd.sweep.report import write_report
-from gkd.sweep.study import Study
-from gkd.tasks import Task
+
+if TYPE_CHECKING:
+    from gkd.sweep import Sweep
+    from gkd.sweep.cells import Job
+    from gkd.sweep.commands import Commands
+    from gkd.sweep.points import Cell, Plan, Point
+    from gkd.sweep.study import Study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs what is left of the sweep and reports; returns 1 where a cell failed."""
+    from gkd.config import configure
+    from gkd.sweep.cells import Job, make_teacher, work
+    from gkd.sweep.commands import Commands
+    from gkd.sweep.report import write_report
+    from gkd.sweep.study import Study
+
     bindings = list(arguments.set)
     if arguments.device is not None:
         bindings.append(f"Trainer.device = {arguments.device!r}")
@@ -72,6 +77,11 @@ def plan_cells(commands: Commands, study: Study | None) -> Plan:
     A cell is known by its operative configuration, in which the path of a teacher that the sweep makes does not count: it may differ from
     machine to machine.
     """
+    from gkd.config import configure
+    from gkd.engine.folder import save_student
+    from gkd.sweep.points import Plan
+    from gkd.tasks import Task
+
     sweep = commands.sweep
     with tempfile.TemporaryDirectory() as folder:
         weights = sweep.teacher_weights

@@ -8,19 +8,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
-
-from gkd.config import configure
-from gkd.engine.folder import RunFolder
-from gkd.engine.interrupt import Interrupted, Interrupts
 from gkd.errors import UserError
-from gkd.sweep.cells import POLL, Job
-from gkd.sweep.commands import train_command
-from gkd.tasks import Task
-from gkd.viz import compare, read_run, write_comparison
-from gkd.viz.style import can_draw
+
+if TYPE_CHECKING:
+    from gkd.tasks import Task
 
 ALONE = "gin/base/alone.gin"
 
@@ -62,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains all that is not done yet and writes the comparison."""
+    from rich.console import Console
+
+    from gkd.sweep.commands import train_command
+    from gkd.viz import compare, read_run, write_comparison
+    from gkd.viz.style import can_draw
+
     for name, count in (("seeds", arguments.seeds), ("workers", arguments.workers)):
         if count is not None and count < 1:
             raise UserError(f"Expected --{name} to be at least 1 (got {count})")
@@ -110,6 +109,9 @@ def train(trainings: Sequence[Training], workers: int) -> None:
         UserError: If a training fails.
         Interrupted: If a signal asked to stop.
     """
+    from gkd.engine.interrupt import Interrupted, Interrupts
+    from gkd.sweep.cells import POLL, Job
+
     waiting, running, progress = list(trainings), dict[str, Job](), dict[str, str]()
     names = {str(training.folder): training.name for training in trainings}
     with Interrupts() as interrupts:
@@ -147,12 +149,17 @@ def _method(text: str) -> tuple[str, tuple[list[str], list[str]]]:
 
 def _weights(folder: Path) -> Path:
     """The teacher's file: in its library's own format where there is one."""
+    from gkd.engine.folder import RunFolder
+
     library = folder / "student.pth"
     return library if library.is_file() else RunFolder(folder).student
 
 
 def _pictures(files: Sequence[str], bindings: Sequence[str], students: Mapping[str, Path]) -> list[str]:
     """What the task shows of its students side by side."""
+    from gkd.config import configure
+    from gkd.engine.folder import RunFolder
+
     config = configure(files, bindings)
     task: Task = config.build(config.root(Task))
     return task.comparison({method: RunFolder(folder).student for method, folder in students.items()})

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from gkd.cli import main, trial
+from gkd.sweep import cells
 from gkd.sweep.study import Outcome
 
 LINES = ["epoch 1/2  step 4/8  loss 1.0", "epoch 2/2  step 8/8  test  top1 90.00"]
@@ -46,8 +47,8 @@ class Job:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trial, "Job", Job)
-    monkeypatch.setattr(trial, "POLL", 0.0)
+    monkeypatch.setattr(cells, "Job", Job)
+    monkeypatch.setattr(cells, "POLL", 0.0)
     monkeypatch.setattr(trial, "_pictures", lambda *_: ["<p>pictures</p>"])
     monkeypatch.setattr(Job, "commands", [])
     methods = ("KD=gin/methods/kd.gin", "alone=gin/base/alone.gin", "graph + KD=GRID = 2; RAMP = 1")

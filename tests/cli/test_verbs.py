@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from gkd.cli import main
+from gkd.cli.main import VERBS
 from gkd.cli.methods import read_method
 from gkd.engine.folder import save_student
 from gkd.sources import RECIPES
@@ -50,9 +51,6 @@ DetectorNetwork.architecture = 'fcos'
 DetectorNetwork.backbone = 'resnet18'
 DetectorNetwork.options = {'fpn_channels': 32, 'norm': 'batch', 'trainable_layers': 5, 'score_thresh': 0.0}
 """
-
-
-LIGHT = ("train", "predict", "compare", "report", "taps", "methods")  # verbs whose options need no library
 
 
 @pytest.fixture
@@ -250,7 +248,7 @@ def test_a_method_without_its_figures_is_an_error(tmp_path):
         read_method(tmp_path / "x.gin")
 
 
-@pytest.mark.parametrize("options", [["--help"], ["methods"], *([verb, "--help"] for verb in LIGHT)], ids=" ".join)
+@pytest.mark.parametrize("options", [["--help"], ["methods"], *([verb, "--help"] for verb in VERBS)], ids=" ".join)
 def test_help_and_methods_load_no_torch(options):
     script = f"""
 import sys

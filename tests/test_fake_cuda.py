@@ -35,6 +35,7 @@ LOSSES = {
 DETECTION_TERMS = {"cwd": CWDLoss, "pkd": PKDLoss, "mgd": MGDLoss, "fgd": FGDLoss, "dsig": partial(DsigLoss, roi_align)}
 # What may wait for the GPU, by file and operator, and why.
 MAY_WAIT = {
+    ("gkd/models/heads.py", "_local_scalar_dense"): "a look at the first batch alone: is the mean of the map what the last layer sees?",
     ("gkd/graphs/perturbation.py", "_linalg_eigh"): "the exact eigensolver: torch asks the GPU whether it converged",
     ("gkd/graphs/builder.py", "nonzero"): "regions: images have unequally many, so their graphs are compacted",
 }

@@ -8,12 +8,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from gkd.errors import UserError
-
-if TYPE_CHECKING:
-    from gkd.tasks import Task
 
 ALONE = "gin/base/alone.gin"
 
@@ -159,6 +156,7 @@ def _pictures(files: Sequence[str], bindings: Sequence[str], students: Mapping[s
     """What the task shows of its students side by side."""
     from gkd.config import configure
     from gkd.engine.folder import RunFolder
+    from gkd.tasks import Task
 
     config = configure(files, bindings)
     task: Task = config.build(config.root(Task))

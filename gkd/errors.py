@@ -24,3 +24,9 @@ def unknown_name(what: str, name: str, candidates: Iterable[str]) -> str:
     candidates = list(candidates)
     near = did_you_mean(map(repr, get_close_matches(name, candidates)))
     return f"Expected {what} to be one of {', '.join(candidates) or '(there are none)'} (got '{name}').{near}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the system, or torch on its behalf, refused memory."""
+    refused = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and refused)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from gkd.errors import UserError
+from gkd.errors import UserError, is_out_of_memory
 
 FAILED, USER_ERROR, SIGNAL = 1, 2, 128
 
@@ -42,7 +42,7 @@ def explain(error: Exception) -> tuple[int, str | None]:
     if isinstance(error, ModuleNotFoundError) and error.name is not None and error.name.split(".")[0] in EXTRAS:
         package = error.name.split(".")[0]
         return USER_ERROR, f"Expected the package {package} (got: {error}). Install it: pip install 'gkd[{EXTRAS[package]}]'"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
+    if is_out_of_memory(error):
         message = (str(error).strip() or "the system refused").splitlines()[0]
         return USER_ERROR, f"Expected enough memory (got: {message}). Take smaller batches, images or networks."
     from gkd.engine import Interrupted, NonFiniteLossError  # loads torch, which the errors above do without
@@ -66,7 +66,3 @@ def _describe_refusal(error: OSError) -> str:
     where = f"Expected to read or write {place}" if place else "Expected the system to do as asked"
     advice = ADVICE.get(error.errno or 0, "--debug shows where")
     return f"{where} (got: {reason}). {advice}."
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)

@@ -16,7 +16,7 @@ from gkd.distill import Distiller
 from gkd.engine import NonFiniteLossError
 from gkd.engine.checkpoint import rng_state, set_rng_state
 from gkd.engine.loop import split_batch
-from gkd.errors import UserError
+from gkd.errors import UserError, is_out_of_memory
 from gkd.models.weights import broken_weights
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def try_losses(task: Task) -> None:
                 losses = distiller(*batch)
             torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise
             raise UserError(
                 f"Expected the networks and all terms to take a step on one batch (got {type(error).__name__} in "

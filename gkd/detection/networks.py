@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from gkd.detection.interface import Detector, Images, Output
 from gkd.detection.regions import Regions, grid_candidates, mine_background, padded_boxes, region_labels, shared_proposals
-from gkd.detection.watch import watched
 from gkd.distill import NetworkPair
 from gkd.errors import UserError
 from gkd.graphs.values import constant
 from gkd.models.modes import evaluating
 from gkd.models.names import near
+from gkd.models.watch import watched
 
 CANDIDATES = 200  # proposals among which background is looked for
 

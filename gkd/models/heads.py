@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gkd.models.modes import evaluating
 from gkd.models.outputs import read_logits
 from gkd.models.teacher import Teacher
+from gkd.models.watch import watched
 from gkd.models.wrappers import layers
 
 TOLERANCE = 0.1  # in units of the largest logit: what half precision may round, and far below what another map makes of it
@@ -112,18 +113,11 @@ def find_head(model: nn.Module, input_size: Sequence[int]) -> ClassHead:
     size = input_size[1:] if teacher is None else teacher.image_size(input_size[1:])
     outputs: dict[str, Tensor] = {}
     linear = {name: module for name, module in network.named_modules() if _is_linear(module)}
-    handles = [
-        module.register_forward_hook(lambda _module, _args, output, name=name: outputs.update({name: output}))
-        for name, module in linear.items()
-    ]
     like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
     images = torch.randn(2, input_size[0], *size, generator=torch.Generator().manual_seed(0)).to(like)
-    try:
-        with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):
-            logits = read_logits(network(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    devices = [like.device] if like.is_cuda else []
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=devices), watched(linear, outputs):
+        logits = read_logits(network(images))
     matches = [
         name for name, output in outputs.items() if output.numel() == logits.numel() and torch.equal(output.flatten(), logits.flatten())
     ]

@@ -17,10 +17,10 @@ from gkd.detection.frame import resampled
 from gkd.detection.interface import Detections, Detector, Images, Maps, Output, Targets
 from gkd.detection.torchvision.networks import Plan
 from gkd.detection.torchvision.pyramids import norm_of
-from gkd.detection.watch import watched
 from gkd.errors import UserError
 from gkd.files import write_atomic
 from gkd.models.modes import evaluating
+from gkd.models.watch import watched
 
 PROBE = 128
 
